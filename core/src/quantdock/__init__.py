@@ -1,0 +1,171 @@
+"""quantdock loads pretrained checkpoints into PyTorch models and quantizes them while they load.
+
+Every public name is importable from here and nowhere else. Names are resolved on first use, so that ``import
+quantdock`` imports neither torch nor any plugin.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "architecture": ("Architecture", "LoadOutcome", "Routing", "Skeleton"),
+    "auto": (
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoModelForMaskedLM",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    ),
+    "checkpoint": ("Checkpoint",),
+    "config": ("ModelConfig", "read_json_object"),
+    "conversion": ("Assembly", "Conversion", "Piece", "rename"),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+        "LedgerError",
+        "LoadError",
+        "PatternError",
+        "PlacementError",
+        "PluginConflictError",
+        "PluginError",
+        "PolicyError",
+        "QuantdockError",
+        "SaveError",
+        "SourceError",
+        "UnknownMethodError",
+        "UnknownPresetError",
+        "UnsupportedError",
+    ),
+    "hookspecs": ("hookimpl",),
+    "loading": ("load", "plan"),
+    "options": ("LoadOptions",),
+    "planning": ("Plan",),
+    "quantizer": ("Capabilities", "Layout", "QuantizationConfig", "Quantizer", "runtime"),
+    "registry": ("presets", "quantizers"),
+    "reporting": ("Report", "report"),
+    "saving": ("dequantize", "save"),
+    "source": ("Source",),
+    "tensors": ("Parameter", "StoredTensor", "TensorReader", "TensorSpec"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Architecture",
+    "Assembly",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMaskedLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "Capabilities",
+    "Checkpoint",
+    "CheckpointError",
+    "ConfigError",
+    "Conversion",
+    "Layout",
+    "LedgerError",
+    "LoadError",
+    "LoadOptions",
+    "LoadOutcome",
+    "ModelConfig",
+    "Parameter",
+    "PatternError",
+    "Piece",
+    "PlacementError",
+    "Plan",
+    "PluginConflictError",
+    "PluginError",
+    "PolicyError",
+    "QuantdockError",
+    "QuantizationConfig",
+    "Quantizer",
+    "Report",
+    "Routing",
+    "SaveError",
+    "Skeleton",
+    "Source",
+    "SourceError",
+    "StoredTensor",
+    "TensorReader",
+    "TensorSpec",
+    "UnknownMethodError",
+    "UnknownPresetError",
+    "UnsupportedError",
+    "dequantize",
+    "hookimpl",
+    "load",
+    "plan",
+    "presets",
+    "quantizers",
+    "read_json_object",
+    "rename",
+    "report",
+    "runtime",
+    "save",
+]
+
+if TYPE_CHECKING:
+    from quantdock.architecture import Architecture, LoadOutcome, Routing, Skeleton
+    from quantdock.auto import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMaskedLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+    from quantdock.checkpoint import Checkpoint
+    from quantdock.config import ModelConfig, read_json_object
+    from quantdock.conversion import Assembly, Conversion, Piece, rename
+    from quantdock.errors import (
+        CheckpointError,
+        ConfigError,
+        LedgerError,
+        LoadError,
+        PatternError,
+        PlacementError,
+        PluginConflictError,
+        PluginError,
+        PolicyError,
+        QuantdockError,
+        SaveError,
+        SourceError,
+        UnknownMethodError,
+        UnknownPresetError,
+        UnsupportedError,
+    )
+    from quantdock.hookspecs import hookimpl
+    from quantdock.loading import load, plan
+    from quantdock.options import LoadOptions
+    from quantdock.planning import Plan
+    from quantdock.quantizer import Capabilities, Layout, QuantizationConfig, Quantizer, runtime
+    from quantdock.registry import presets, quantizers
+    from quantdock.reporting import Report, report
+    from quantdock.saving import dequantize, save
+    from quantdock.source import Source
+    from quantdock.tensors import Parameter, StoredTensor, TensorReader, TensorSpec
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'quantdock' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"quantdock.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

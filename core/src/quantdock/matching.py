@@ -1,0 +1,346 @@
+"""Match stored tensors with parameters and parameters with quantizers; whatever doesn't fit becomes a problem.
+
+This is where invariants 1 and 2 are decided: every parameter is written exactly once or tied to one that is, every
+stored tensor is used exactly once or ignored with a reason, and nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from quantdock.architecture import Architecture, Skeleton
+from quantdock.checkpoint import Checkpoint
+from quantdock.conversion import Conversion
+from quantdock.errors import LedgerError, UnsupportedError
+from quantdock.options import LoadOptions
+from quantdock.patterns import is_literal, matches, matching, require_matches
+from quantdock.quantizer import Layout
+from quantdock.registry import Chosen, Rule, Selection
+from quantdock.tensors import Parameter, StoredTensor, TensorSpec
+from quantdock.tying import TiedGroup, resolve_ties
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a parameter becomes: quantized by ``chosen`` as ``layout``, or full precision for the reason ``note``."""
+
+    chosen: Chosen | None = None
+    layout: Layout | None = None
+    note: str = ""
+
+
+@dataclass(kw_only=True)
+class Match:
+    """The outcome: the ledger's two sides, before devices are known."""
+
+    parameters: dict[str, Parameter]
+    conversions: list[Conversion] = field(default_factory=list)
+    components: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    """Parameter stored quantized -> component -> stored tensor."""
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Parameter that is initialised -> why it may be missing."""
+    ignored: dict[str, str] = field(default_factory=dict)
+    allowed: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def list_parameters(skeleton: Skeleton) -> dict[str, Parameter]:
+    """Every parameter and persistent buffer of the skeleton, tied ones under each of their names."""
+    model, architecture = skeleton.model, skeleton.architecture
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    result = {}
+    for name, slot in model.state_dict(keep_vars=True).items():
+        if not isinstance(slot, torch.Tensor):
+            continue  # a module's extra state is no tensor and no parameter
+        module = model.get_submodule(name.rpartition(".")[0])
+        dtype = (architecture.dtype(name) or slot.dtype) if slot.is_floating_point() else slot.dtype
+        result[name] = Parameter(
+            name=name,
+            spec=TensorSpec(dtype=dtype, shape=tuple(slot.shape)),
+            module_type=type(module),
+            role=architecture.role(module, name.rpartition(".")[2]),
+            is_buffer=name in buffers,
+        )
+    return result
+
+
+def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, options: LoadOptions) -> Match:
+    """Draw up both sides of the ledger.
+
+    Raises:
+        LedgerError: they don't balance; lists everything that is wrong at once.
+        PatternError: a pattern the user gave matches nothing.
+    """
+    found = Match(parameters=list_parameters(skeleton))
+    companions = _split_companions(checkpoint, selection)
+    plain = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in companions}
+    routing = skeleton.architecture.route(
+        {name: tensor.spec for name, tensor in plain.items()},
+        {name: parameter.spec for name, parameter in found.parameters.items()},
+    )
+    groups = _group(companions, checkpoint)
+    _take_conversions(found, routing.conversions, groups, checkpoint, selection)
+    _take_unmatched(found, routing.unmatched, groups, skeleton.architecture, options)
+    _resolve_tied(found, skeleton.architecture, checkpoint)
+    _check_shapes(found, checkpoint, options)
+    _take_missing(found, skeleton.architecture, options)
+    _decide(found, skeleton.architecture, selection, options)
+    _check_patterns(found, checkpoint, selection, options)
+    if found.problems:
+        raise LedgerError(
+            f"the checkpoint and the model don't match: {len(found.problems)} problem(s). Nothing was loaded.",
+            found.problems,
+        )
+    return found
+
+
+def _split_companions(checkpoint: Checkpoint, selection: Selection) -> dict[str, tuple[str, str]]:
+    """Stored tensors that belong to a quantized parameter: stored name -> (the parameter's stored name, component)."""
+    if not selection.prequantized:
+        return {}
+    suffixes: dict[str, str] = {}
+    for chosen in selection:
+        suffixes.update(chosen.quantizer.companions())
+    ordered = sorted(suffixes.items(), key=lambda item: -len(item[0]))
+    result = {}
+    for name in checkpoint.tensors:
+        for component, leaf in ordered:
+            if name == component or name.endswith(f".{component}"):
+                result[name] = (name[: len(name) - len(component)] + leaf, component)
+                break
+    return result
+
+
+def _group(companions: Mapping[str, tuple[str, str]], checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
+    groups: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    for name, (base, component) in companions.items():
+        groups[base][component] = checkpoint.tensors[name]
+    return dict(groups)
+
+
+def _take_conversions(
+    found: Match,
+    conversions: Iterable[Conversion],
+    groups: dict[str, dict[str, StoredTensor]],
+    checkpoint: Checkpoint,
+    selection: Selection,
+) -> None:
+    written: dict[str, tuple[str, ...]] = {}
+    for conversion in conversions:
+        twice = [target for target in conversion.targets if target in written]
+        found.problems += [
+            f"parameter {target!r} would be written twice, from {list(written[target])[:3]} and from "
+            f"{list(conversion.sources)[:3]}"
+            for target in twice
+        ]
+        if twice:
+            continue
+        written.update(dict.fromkeys(conversion.targets, conversion.sources))
+        quantized = [source for source in conversion.sources if source in groups]
+        if not quantized:
+            found.conversions.append(conversion)
+        elif not conversion.is_rename:
+            found.problems.append(
+                f"parameter {next(iter(conversion.targets))!r} is made from quantized tensors ({quantized[0]!r}, ...) "
+                f"by {conversion.label}, which isn't supported for {_methods(selection)}"
+            )
+        else:
+            (source,), (target,) = conversion.sources, conversion.targets
+            leaf = found.parameters[target].leaf
+            found.components[target] = {leaf: checkpoint.tensors[source]} | groups.pop(source)
+    for base, parts in groups.items():
+        for stored in parts.values():
+            found.problems.append(f"stored tensor {stored.name!r} belongs to {base!r}, which is not in the checkpoint")
+
+
+def _methods(selection: Selection) -> str:
+    return " and ".join(chosen.label for chosen in selection) or "an unquantized load"
+
+
+def _take_unmatched(
+    found: Match,
+    unmatched: Mapping[str, str],
+    groups: Mapping[str, Mapping[str, StoredTensor]],
+    architecture: Architecture,
+    options: LoadOptions,
+) -> None:
+    for stored, target in unmatched.items():
+        names = [stored, *(part.name for part in groups.get(stored, {}).values())]
+        reason = architecture.may_be_unexpected(stored, target)
+        pattern = matching(options.ignore_unexpected, stored) or matching(options.ignore_unexpected, target)
+        if reason is None and pattern is not None:
+            reason = f"ignore_unexpected={pattern!r}"
+            found.allowed.update(dict.fromkeys(names, reason))
+        if reason is None:
+            looked = "" if target == stored else f" (looked up as {target!r})"
+            found.problems.append(
+                f"stored tensor {stored!r}{looked} has no parameter in the model; if it may be left out, pass "
+                "ignore_unexpected=[...]"
+            )
+        else:
+            found.ignored.update(dict.fromkeys(names, reason))
+
+
+def _resolve_tied(found: Match, architecture: Architecture, checkpoint: Checkpoint) -> None:
+    tied = architecture.tied()
+    if not tied:
+        return
+    by_target = {target: conversion for conversion in found.conversions for target in conversion.targets}
+    for group in TiedGroup.of(tied):
+        outcome = resolve_ties(group, by_target, found.components.keys(), checkpoint)
+        found.tied.update(outcome.tied)
+        for name, reason in outcome.dropped.items():
+            conversion = by_target[name]
+            found.conversions.remove(conversion)
+            found.ignored.update(dict.fromkeys(conversion.sources, reason))
+        for name, note in outcome.untied.items():
+            found.allowed[name] = note
+
+
+def _check_shapes(found: Match, checkpoint: Checkpoint, options: LoadOptions) -> None:
+    kept = []
+    for conversion in found.conversions:
+        mismatched = []
+        for target, yields in conversion.targets.items():
+            wanted = found.parameters[target].spec
+            where = ", ".join(f"{name!r} in {checkpoint.tensors[name].file}" for name in conversion.sources[:2])
+            if yields.shape != wanted.shape:
+                mismatched.append(target)
+                if not options.ignore_mismatched_sizes:
+                    found.problems.append(
+                        f"parameter {target!r} has shape {list(wanted.shape)}, but the checkpoint gives "
+                        f"{list(yields.shape)} ({where}); ignore_mismatched_sizes=True would initialise it anew"
+                    )
+            elif not castable(yields.dtype, wanted.dtype):
+                found.problems.append(
+                    f"parameter {target!r} is {wanted}, but the checkpoint stores {yields} ({where}) and no quantizer "
+                    "claims it: a scale may be missing, or its quantization_config"
+                )
+        if not mismatched:
+            kept.append(conversion)
+        elif options.ignore_mismatched_sizes:
+            if len(conversion.targets) > len(mismatched):
+                found.problems.append(f"{', '.join(conversion.targets)} are made together and only some shapes fit")
+            note = "ignore_mismatched_sizes"
+            found.missing.update(dict.fromkeys(mismatched, note))
+            found.allowed.update(dict.fromkeys(mismatched, note))
+            found.ignored.update(dict.fromkeys(conversion.sources, f"{note}: {', '.join(mismatched)}"))
+    found.conversions = kept
+
+
+def castable(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether values may be cast on the way: between floats of 16 bits and more, and to wider integers. Anything
+    else (integers to floats, 8-bit floats) would be a quantized tensor that lost its scale."""
+    if stored == wanted or (stored in _FLOATS and wanted in _FLOATS):
+        return True
+    return stored in _INTEGERS and wanted in _INTEGERS and stored.itemsize <= wanted.itemsize
+
+
+def _take_missing(found: Match, architecture: Architecture, options: LoadOptions) -> None:
+    written = {target for conversion in found.conversions for target in conversion.targets}
+    written |= found.components.keys() | found.tied.keys() | found.missing.keys()
+    for name in found.parameters:
+        if name in written:
+            continue
+        reason = architecture.may_be_missing(name)
+        pattern = matching(options.allow_missing, name)
+        if reason is None and pattern is not None:
+            reason = found.allowed[name] = f"allow_missing={pattern!r}"
+        if reason is None and options.extras.get("allow_new_head") and architecture.is_head(name):
+            reason = found.allowed[name] = "a new task head"
+        if reason is None:
+            found.problems.append(
+                f"parameter {name!r} ({found.parameters[name].spec}) is not in the checkpoint; if it may be "
+                "initialised anew, pass allow_missing=[...]"
+            )
+        else:
+            found.missing[name] = reason
+
+
+def _decide(found: Match, architecture: Architecture, selection: Selection, options: LoadOptions) -> None:
+    kept = architecture.kept()
+    in_ties = found.tied.keys() | set(found.tied.values())
+    for name, parameter in found.parameters.items():
+        if name in found.tied:
+            found.decisions[name] = Decision(note=f"tied to {found.tied[name]}")
+        elif name in found.missing:
+            found.decisions[name] = Decision(note=f"initialised: {found.missing[name]}")
+        elif name in found.components:
+            found.decisions[name] = _stored_decision(found, parameter, selection)
+        elif selection.prequantized:
+            found.decisions[name] = Decision(note="stored unquantized")
+        else:
+            found.decisions[name] = _load_decision(found, parameter, selection, kept, options)
+        if found.decisions[name].chosen is not None and name in in_ties:
+            partners = sorted(other for other, source in found.tied.items() if source == name)
+            found.problems.append(
+                f"parameter {name!r} is tied to {partners} and can't be quantized alone; leave it out, or untie it "
+                "with config_overrides"
+            )
+
+
+def _stored_decision(found: Match, parameter: Parameter, selection: Selection) -> Decision:
+    specs = {name: tensor.spec for name, tensor in found.components[parameter.name].items()}
+    refusals = []
+    for rule in selection.rules:
+        if rule.chosen is None or not matches(rule.pattern, parameter.name):
+            continue
+        refusal = rule.chosen.quantizer.refusal(parameter)
+        if refusal is not None:
+            refusals.append(f"{rule.chosen.label}: {refusal}")
+            continue
+        try:
+            return Decision(chosen=rule.chosen, layout=rule.chosen.quantizer.stored_layout(parameter, specs))
+        except UnsupportedError as error:
+            refusals.append(str(error))
+    found.problems.append(
+        f"parameter {parameter.name!r} is stored quantized ({', '.join(specs)}), but can't be loaded: "
+        + ("; ".join(refusals) or "no quantizer of this load takes it")
+    )
+    return Decision()
+
+
+def _load_decision(
+    found: Match, parameter: Parameter, selection: Selection, kept: Mapping[str, str], options: LoadOptions
+) -> Decision:
+    rule = next((rule for rule in selection.rules if matches(rule.pattern, parameter.name)), None)
+    if rule is None or rule.chosen is None:
+        if not selection.rules:
+            return Decision(note="not asked for")
+        return Decision(note="no pattern" if rule is None else f"quantize={{{rule.pattern!r}: None}}")
+    skipped = matching(options.skip, parameter.name)
+    if skipped is not None:
+        return Decision(note=f"skip={skipped!r}")
+    refusal = rule.chosen.quantizer.refusal(parameter)
+    if refusal is None and parameter.name in kept and not _named_by(rule, parameter):
+        refusal = kept[parameter.name]
+    if refusal is not None:
+        return Decision(note=refusal)
+    try:
+        return Decision(chosen=rule.chosen, layout=rule.chosen.quantizer.layout(parameter))
+    except UnsupportedError as error:
+        found.problems.append(f"parameter {parameter.name!r} can't be quantized with {rule.chosen.label}: {error}")
+        return Decision()
+
+
+def _named_by(rule: Rule, parameter: Parameter) -> bool:
+    """Whether the user spelled this parameter (or its module) out, which overrules the architecture's skip list."""
+    return is_literal(rule.pattern) and rule.pattern in (parameter.name, parameter.module)
+
+
+def _check_patterns(found: Match, checkpoint: Checkpoint, selection: Selection, options: LoadOptions) -> None:
+    names = list(found.parameters)
+    require_matches("skip", options.skip, names, of="parameter")
+    require_matches("allow_missing", options.allow_missing, names, of="parameter")
+    require_matches("ignore_unexpected", options.ignore_unexpected, list(checkpoint.tensors), of="stored tensor")
+    if selection.by_user:
+        require_matches("quantize", [rule.pattern for rule in selection.rules], names, of="parameter")

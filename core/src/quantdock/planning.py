@@ -1,0 +1,366 @@
+"""The plan: everything that is decided before the first weight byte is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pluggy
+import torch
+
+from quantdock.architecture import LoadOutcome, Skeleton
+from quantdock.checkpoint import Checkpoint
+from quantdock.config import ModelConfig
+from quantdock.discovery import Catalog
+from quantdock.engine import Budget, Engine
+from quantdock.errors import PlacementError, PluginError, QuantdockError
+from quantdock.ledger import Action, Entry, Ledger
+from quantdock.matching import Match
+from quantdock.options import LoadOptions
+from quantdock.placement import DISK, Placement, place
+from quantdock.progress import progress_of
+from quantdock.registry import MIXED, Selection
+from quantdock.reporting import Record, Report, attach, measured_nbytes, peak_resident
+from quantdock.source import Source
+from quantdock.stopwatch import Stopwatch
+from quantdock.tables import format_bytes, grouped, groups_table
+from quantdock.units import Unit
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What a load will do, to the byte. Print it, look into it, or ``execute()`` it, once."""
+
+    source: Source
+    options: LoadOptions
+    config: ModelConfig
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    selection: Selection
+    match: Match
+    placement: Placement
+    units: list[Unit]
+    hooks: pluggy.PluginManager
+    catalog: Catalog
+    stopwatch: Stopwatch
+    _executed: bool = field(default=False)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What becomes of every parameter and every stored tensor."""
+        return _ledger(self)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes the loaded model will hold: parameters, buffers and what quantization keeps beside them. Exact."""
+        on_disk = sum(entry.nbytes for entry in self.ledger.entries if entry.device == DISK)
+        shared = sum(chosen.quantizer.shared_nbytes() for chosen in self.selection if chosen.quantizer.parameters)
+        return self.ledger.nbytes - on_disk + self.buffer_nbytes + shared
+
+    @cached_property
+    def buffer_nbytes(self) -> int:
+        """Bytes of the buffers that no checkpoint stores."""
+        slots = self.match.parameters
+        return sum(buffer.nbytes for name, buffer in self.skeleton.model.named_buffers() if name not in slots)
+
+    @property
+    def largest_unit_nbytes(self) -> int:
+        """Bytes in flight of the unit that needs most; above the budget, it runs alone and sets the peak."""
+        return max((unit.in_flight for unit in self.units), default=0)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Upper bound of resident bytes while loading: the model and what may be in flight."""
+        return self.resident_nbytes + max(min(self.options.budget, self._all_in_flight), self.largest_unit_nbytes)
+
+    @property
+    def _all_in_flight(self) -> int:
+        return sum(unit.in_flight for unit in self.units)
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        """What is saved as ``quantization_config``, in the ecosystem's format."""
+        chosen = list(self.selection)
+        if not chosen:
+            return None
+        slots = self.match.parameters
+        if len(chosen) == 1:
+            return chosen[0].quantizer.saved_config(slots)
+        parts = [
+            {"patterns": sorted(one.quantizer.parameters), "config": one.quantizer.saved_config(slots)}
+            for one in chosen
+        ]
+        return {"quant_method": MIXED, "parts": parts}
+
+    def execute(self) -> torch.nn.Module:
+        """Load the model.
+
+        Raises:
+            LoadError: a unit failed; names file, stored tensors, parameter and plugin. Everything is freed.
+        """
+        if self._executed:
+            raise QuantdockError("this plan was executed already; its skeleton became the model. Make a new plan.")
+        self._executed = True
+        model = self.skeleton.model
+        predicted = self.resident_nbytes
+        engine = self._engine()
+        with self.stopwatch.stage("load"), progress_of(self.options.progress) as engine.notify:
+            engine.run(self.units)
+        with self.stopwatch.stage("postprocess_model"):
+            self.skeleton.architecture.finish(self._outcome())
+            self._dispatch(engine)
+            self.hooks.hook.postprocess_model(model=model)
+            self._check_complete()
+        self.checkpoint.close()
+        record = Record(
+            report=self._report(engine, predicted),
+            architecture=self.skeleton.architecture,
+            selection=self.selection,
+            quantization_config=self.quantization_config,
+        )
+        attach(model, record)
+        return model
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data."""
+        return {
+            "source": dict(self.source.identity),
+            "format": self.checkpoint.format,
+            "files": [str(file) for file in self.checkpoint.files],
+            "dtype": str(self.options.dtype).removeprefix("torch."),
+            "built_by": self.skeleton.built_by,
+            "device_map": {name: str(device) for name, device in self.placement.device_map.items()},
+            "groups": [dataclasses.asdict(group) for group in grouped(self.ledger.entries)],
+            "ignored": dict(self.ledger.ignored),
+            "allowed": dict(self.ledger.allowed),
+            "coverage": self.ledger.coverage,
+            "stored_nbytes": self.ledger.stored_nbytes,
+            "resident_nbytes": self.resident_nbytes,
+            "buffer_nbytes": self.buffer_nbytes,
+            "memory_budget": self.options.budget,
+            "largest_unit_nbytes": self.largest_unit_nbytes,
+            "peak_nbytes": self.peak_nbytes,
+            "plugins": [dataclasses.asdict(decision) for decision in self.catalog.decisions],
+            "quantization_config": self.quantization_config,
+        }
+
+    def __str__(self) -> str:
+        ledger = self.ledger
+        lines = [
+            f"plan for {self.source.name} ({self.checkpoint.format}, {len(self.checkpoint.files)} file(s))",
+            groups_table(grouped(ledger.entries)),
+            f"stored {format_bytes(ledger.stored_nbytes)}, resident when loaded {format_bytes(self.resident_nbytes)} "
+            f"({self.resident_nbytes} bytes), peak at most {format_bytes(self.peak_nbytes)}",
+            "coverage: "
+            + ", ".join(
+                f"{method or 'full precision'} {amount / max(1, ledger.stored_nbytes):.1%}"
+                for method, amount in ledger.coverage.items()
+            ),
+        ]
+        if self.largest_unit_nbytes > self.options.budget:
+            lines.append(
+                f"one unit needs {format_bytes(self.largest_unit_nbytes)}, more than the budget of "
+                f"{format_bytes(self.options.budget)}; it will run alone"
+            )
+        lines += [f"ignored {name}: {reason}" for name, reason in ledger.ignored.items()]
+        lines += [f"allowed {name}: {reason}" for name, reason in ledger.allowed.items()]
+        return "\n".join(lines)
+
+    # Parts of execute ---------------------------------------------------------------------------------------------
+
+    def _engine(self) -> Engine:
+        instances = [chosen.quantizer for chosen in self.selection]
+        hooks = {
+            id(quantizer): self.hooks.subset_hook_caller(
+                "quantize_param", [other for other in instances if other is not quantizer]
+            )
+            for quantizer in instances
+        }
+        callers = {key: (lambda p, t, hook=hook: hook(parameter=p, tensor=t)) for key, hook in hooks.items()}
+        return Engine(
+            model=self.skeleton.model,
+            quantize_hooks=callers,
+            budget=Budget(self.options.budget),
+            workers=self.options.worker_count,
+            offload_dir=self._offload_dir(),
+        )
+
+    def _offload_dir(self) -> str | None:
+        if not self.placement.offloads:
+            return None
+        if self.options.offload_dir is None:
+            raise PlacementError("device_map puts a part of the model on disk; pass offload_dir= for it")
+        os.makedirs(self.options.offload_dir, exist_ok=True)
+        return os.fspath(self.options.offload_dir)
+
+    def _outcome(self) -> LoadOutcome:
+        return LoadOutcome(
+            loaded=[target.parameter.name for unit in self.units for target in unit.targets],
+            missing=list(self.match.missing),
+            tied=self.match.tied,
+            devices=self.placement.device_map,
+            quantizers=[chosen.quantizer for chosen in self.selection],
+            quantization_config=self.quantization_config,
+        )
+
+    def _dispatch(self, engine: Engine) -> None:
+        if self.placement.single is not None:
+            return
+        from accelerate import dispatch_model
+
+        if engine.offload_dir is not None:
+            from accelerate.utils import save_offload_index
+
+            save_offload_index(engine.offload_index, engine.offload_dir)
+        dispatch_model(
+            self.skeleton.model,
+            device_map={name: _accelerate_device(device) for name, device in self.placement.device_map.items()},
+            offload_dir=engine.offload_dir,
+            offload_index=engine.offload_index or None,
+            **self.skeleton.architecture.dispatch_options(),
+        )
+
+    def _check_complete(self) -> None:
+        """Invariant 1, looked at in the model itself."""
+        model = self.skeleton.model
+        empty = [
+            name
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            if tensor.is_meta and self.placement.device_of(name) != DISK
+        ]
+        if empty:
+            raise PluginError(
+                f"{', '.join(map(repr, empty[:5]))} {'have' if len(empty) > 1 else 'has'} no values after loading; "
+                f"{self.skeleton.built_by} should have made them"
+            )
+
+    def _report(self, engine: Engine, predicted: int) -> Report:
+        return Report(
+            source=dict(self.source.identity),
+            ledger=self.ledger,
+            predicted_nbytes=predicted,
+            measured_nbytes=measured_nbytes(self.skeleton.model),
+            memory_budget=self.options.budget,
+            in_flight_peak_nbytes=engine.budget.peak,
+            process_peak_nbytes=peak_resident(),
+            seconds=dict(self.stopwatch.seconds),
+            workers=self.options.worker_count,
+            plugins={decision.dist: decision.version for decision in self.catalog.decisions if decision.allowed},
+            refused={decision.dist: decision.reason for decision in self.catalog.decisions if not decision.allowed},
+            policy=self.catalog.policy_origin,
+            broken=dict(self.catalog.broken),
+        )
+
+
+def _accelerate_device(device: torch.device | str) -> Any:
+    if isinstance(device, str):
+        return device
+    return device.index if device.type == "cuda" and device.index is not None else str(device)
+
+
+def assign(selection: Selection, match: Match) -> None:
+    """Tell each quantizer which parameters are its own."""
+    for chosen in selection:
+        mine = {name: d for name, d in match.decisions.items() if d.chosen is chosen}
+        chosen.quantizer.parameters = {name: match.parameters[name] for name in mine}
+        chosen.quantizer.stored = {
+            name: {part: tensor.spec for part, tensor in match.components[name].items()}
+            for name in mine
+            if name in match.components
+        }
+
+
+def preprocess(skeleton: Skeleton, match: Match, hooks: pluggy.PluginManager) -> None:
+    """Run the stage, and hold it to its word: all on meta, and nothing changed but what quantizers own.
+
+    Raises:
+        PluginError: a plugin touched a parameter that isn't its own, or put one off the meta device.
+    """
+    model = skeleton.model
+    hooks.hook.preprocess_model(model=model)
+    state = model.state_dict(keep_vars=True)
+    problems = []
+    for name, parameter in match.parameters.items():
+        if match.decisions[name].chosen is not None:
+            continue
+        slot = state.get(name)
+        if slot is None:
+            problems.append(f"{name!r} is gone")
+        elif tuple(slot.shape) != parameter.spec.shape:
+            problems.append(f"{name!r} became {list(slot.shape)}")
+    problems += [f"{name!r} is on {slot.device}" for name, slot in model.named_parameters() if not slot.is_meta]
+    if problems:
+        raise PluginError(
+            "preprocess_model may swap only the modules of the quantizer's own parameters, on the meta device; after it "
+            + "; ".join(problems[:5])
+        )
+
+
+def resolve_placement(skeleton: Skeleton, match: Match, selection: Selection, options: LoadOptions) -> Placement:
+    """Devices for every parameter, and each quantizer's word that it runs there.
+
+    Raises:
+        PlacementError, UnsupportedError: they don't exist, or a method doesn't run on one.
+    """
+    sizes = {name: _resident(match, name) for name in match.parameters}
+    preferred = next((d for c in selection if (d := c.quantizer.preferred_device()) is not None), None)
+    placement = place(
+        skeleton.model, sizes, match.tied, skeleton.architecture.no_split_modules(), options, preferred
+    )
+    for chosen in selection:
+        devices = {str(placement.device_of(name)): name for name in chosen.quantizer.parameters}
+        for device, name in devices.items():
+            if device == DISK:
+                raise PlacementError(
+                    f"{name!r} is quantized with {chosen.label} and can't be offloaded to disk; name more memory, or "
+                    "leave that module unquantized"
+                )
+            chosen.quantizer.check_device(torch.device(device))
+    return placement
+
+
+def _resident(match: Match, name: str) -> int:
+    if name in match.tied:
+        return 0
+    layout = match.decisions[name].layout
+    return match.parameters[name].spec.nbytes if layout is None else layout.nbytes
+
+
+def _ledger(plan: Plan) -> Ledger:
+    match = plan.match
+    made: dict[str, Entry] = {}
+    for unit in plan.units:
+        share = unit.stored_nbytes // len(unit.targets)
+        for index, target in enumerate(unit.targets):
+            chosen = target.decision.chosen
+            name = target.parameter.name
+            made[name] = Entry(
+                parameter=name,
+                action=target.action,
+                by="quantdock" if chosen is None else chosen.offer.dist,
+                method="" if chosen is None else chosen.label,
+                sources=tuple(source.name for source in unit.sources),
+                stored_nbytes=share if index else unit.stored_nbytes - share * (len(unit.targets) - 1),
+                nbytes=_resident(match, name),
+                device=str(target.device),
+                note=target.decision.note,
+            )
+    for name in match.parameters:
+        if name not in made:
+            action: Action = "tie" if name in match.tied else "initialize"
+            made[name] = Entry(
+                parameter=name,
+                action=action,
+                by=plan.skeleton.built_by,
+                method="",
+                sources=(),
+                stored_nbytes=0,
+                nbytes=_resident(match, name),
+                device=str(plan.placement.device_of(match.tied.get(name, name))),
+                note=match.decisions[name].note,
+            )
+    entries = tuple(made[name] for name in match.parameters)
+    return Ledger(entries=entries, ignored=match.ignored, allowed=match.allowed)

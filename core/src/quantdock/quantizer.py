@@ -1,0 +1,294 @@
+"""What the author of a quantizer writes: a config dataclass and a quantizer class."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Self, TypeVar, get_type_hints
+
+import torch
+
+from quantdock.errors import ConfigError, UnsupportedError
+from quantdock.tensors import Parameter, TensorSpec, qualified
+
+_STAGES = ("preprocess_model", "quantize_param", "postprocess_model")
+
+
+def runtime(default: Any) -> Any:
+    """A config field that only matters at run time (compute dtype, kernel): may be overridden for a saved checkpoint.
+
+    Fields without this mark are *storage*: what is on disk fixes them.
+    """
+    return field(default=default, metadata={"runtime": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """Data of a quantization method, in the JSON format that the ecosystem's checkpoints already use.
+
+    Subclass it as a frozen, keyword-only dataclass whose fields are the JSON's. Validate in ``__post_init__`` and name
+    the field in the message. ``torch.dtype`` fields are written as ``"bfloat16"``.
+    """
+
+    quant_method: ClassVar[str] = ""
+    ignored_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that other writers add and that carry nothing this config needs."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read the JSON object of a ``quantization_config``.
+
+        Raises:
+            ConfigError: a field is unknown, or a value doesn't fit; the message names it.
+        """
+        hints = get_type_hints(cls)
+        known = {item.name for item in dataclasses.fields(cls)}
+        values = {name: value for name, value in data.items() if name != "quant_method"}
+        unknown = sorted(values.keys() - known - cls.ignored_fields)
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(sorted(known))}"
+            )
+        return cls(**{
+            name: _dtype_from_json(cls, name, value) if "dtype" in str(hints[name]) else value
+            for name, value in values.items()
+            if name in known
+        })
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that ``from_dict`` reads, ``quant_method`` included."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {"quant_method": self.quant_method} | {
+            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def runtime_fields(cls) -> frozenset[str]:
+        """Names of the fields a user may override for a saved checkpoint."""
+        return frozenset(item.name for item in dataclasses.fields(cls) if item.metadata.get("runtime"))
+
+    def overridden_by(self, other: Self) -> Self:
+        """This config with ``other``'s runtime fields.
+
+        Storage fields that ``other`` leaves at their defaults count as not asked for.
+
+        Raises:
+            ConfigError: ``other`` differs in a storage field, which the saved weights have fixed.
+        """
+        runtime_names = self.runtime_fields()
+        differing = [
+            item.name
+            for item in dataclasses.fields(self)
+            if item.name not in runtime_names
+            and getattr(other, item.name) not in (getattr(self, item.name), item.default)
+        ]
+        if differing:
+            found = ", ".join(f"{name}={getattr(self, name)!r} (asked for {getattr(other, name)!r})" for name in differing)
+            raise ConfigError(
+                f"the checkpoint is already quantized and fixes {found}; only {sorted(runtime_names)} can be overridden. "
+                "Drop quantize=, or load the unquantized checkpoint."
+            )
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in runtime_names})
+
+
+def _dtype_from_json(cls: type, name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"{cls.__name__}.{name}: {value!r} is not the name of a torch dtype")
+    return dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What one quantized parameter is stored as, declared before a byte is read."""
+
+    components: Mapping[str, TensorSpec]
+    """Component name inside the owning module (``weight``, ``weight.absmax``, ``SCB``) -> dtype and shape."""
+    working_bytes: int = 0
+    """Bytes that ``quantize_param`` allocates at the most, its result not counted."""
+    resident: int | None = None
+    """Exact bytes the loaded module holds for the parameter, where that isn't the sum of the components (a table that
+    modules share, a description that is only written out when saving)."""
+    variable: frozenset[str] = frozenset()
+    """Components whose length is known only once they are made; the length in their spec says nothing then."""
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes the parameter will take in the loaded model."""
+        return sum(spec.nbytes for spec in self.components.values()) if self.resident is None else self.resident
+
+    def fits(self, found: Mapping[str, TensorSpec]) -> bool:
+        """Whether ``found`` is what was declared."""
+        fixed = {name: spec for name, spec in self.components.items() if name not in self.variable}
+        return found.keys() == self.components.keys() and all(found[name] == spec for name, spec in fixed.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a method can do at all, whatever the machine."""
+
+    quantize: bool = True
+    """Quantize full-precision tensors while they are loaded."""
+    load: bool = True
+    """Load checkpoints that are already quantized."""
+    dequantize: bool = False
+    save: bool = True
+    train: bool = False
+    """Adapters can be trained on top."""
+    compile: bool = False
+    """The modules survive ``torch.compile`` without graph breaks."""
+
+
+ConfigT = TypeVar("ConfigT", bound=QuantizationConfig)
+
+
+class Quantizer(ABC, Generic[ConfigT]):
+    """A backend's object that serves one load.
+
+    The core asks it, as data, which parameters it takes and what they will be stored as; then calls its stages:
+    ``preprocess_model`` (swap modules on the meta device), ``quantize_param`` (one full-precision tensor in, the
+    stored tensors out) and ``postprocess_model``. Decorate those with ``@quantdock.hookimpl``. Loading a checkpoint
+    that is already quantized takes the same road without ``quantize_param``.
+
+    Attributes:
+        config: the config of this load.
+        prequantized: whether the checkpoint holds quantized tensors already.
+        parameters: what the plan gave to this quantizer, by name; set before ``preprocess_model``.
+        stored: component specs as found in the checkpoint, per parameter; empty when quantizing on load.
+    """
+
+    config_class: ClassVar[type[QuantizationConfig]]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _STAGES:
+            method = cls.__dict__.get(name)
+            if method is not None and not hasattr(method, "quantdock_impl"):
+                raise TypeError(f"{cls.__name__}.{name} would never be called: decorate it with @quantdock.hookimpl")
+
+    def __init__(self, config: ConfigT, *, prequantized: bool = False) -> None:
+        self.config = config
+        self.prequantized = prequantized
+        self.parameters: Mapping[str, Parameter] = {}
+        self.stored: Mapping[str, Mapping[str, TensorSpec]] = {}
+
+    # What the core asks -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def refusal(self, parameter: Parameter) -> str | None:
+        """Why this method doesn't quantize ``parameter``; ``None`` when it does.
+
+        The reason appears in the plan's coverage ("3-D parameter", "not a linear layer").
+        """
+
+    @abstractmethod
+    def layout(self, parameter: Parameter) -> Layout:
+        """The components ``parameter`` is stored as, and their exact bytes.
+
+        Raises:
+            UnsupportedError: its shape doesn't fit the method; never a fallback.
+        """
+
+    def companions(self) -> Mapping[str, str]:
+        """Stored names beside a parameter's own that belong to it: component -> the parameter's leaf name.
+
+        For instance ``{"weight_scale": "weight"}``: the stored tensor ``x.y.weight_scale`` is a part of ``x.y.weight``.
+        The default is for methods that never load what others have quantized.
+        """
+        return {}
+
+    def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
+        """The layout of a parameter that the checkpoint holds quantized, checked against what was found.
+
+        Raises:
+            UnsupportedError: components are missing or have the wrong dtype or shape; the message names them.
+        """
+        layout = self.layout(parameter)
+        problems = [f"component {name!r} is missing" for name in layout.components.keys() - found.keys()]
+        problems += [f"component {name!r} is not part of the format" for name in found.keys() - layout.components.keys()]
+        problems += [
+            f"component {name!r} is {found[name]}, expected {spec}"
+            for name, spec in layout.components.items()
+            if name in found and found[name] != spec and name not in layout.variable
+        ]
+        if problems:
+            raise UnsupportedError(f"{parameter.name}: " + "; ".join(sorted(problems)))
+        return layout
+
+    def saved_config(self, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+        """The ``quantization_config`` of the model when it is saved.
+
+        Args:
+            parameters: every parameter of the model, so that a format that lists what it left alone can do so;
+                ``self.parameters`` are those this quantizer has.
+        """
+        return self.config.to_dict()
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ``UnsupportedError`` with the reason and the fix when this method can't run on ``device``."""
+
+    def shared_nbytes(self) -> int:
+        """Exact bytes that all modules of this load hold together, beside each parameter's own (a code table)."""
+        return 0
+
+    def preferred_device(self) -> torch.device | None:
+        """Where a model goes when the user names no device; ``None`` for no preference."""
+        return None
+
+    # What the core calls ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def preprocess_model(self, model: torch.nn.Module) -> None:
+        """Stage: swap the modules that own ``self.parameters``, on the meta device."""
+
+    @abstractmethod
+    def quantize_param(self, parameter: Parameter, tensor: torch.Tensor) -> Mapping[str, torch.Tensor] | None:
+        """Stage: one full-precision tensor in, the components of ``layout(parameter)`` out."""
+
+    def install(self, model: torch.nn.Module, parameter: Parameter, components: Mapping[str, torch.Tensor]) -> None:
+        """Put the components of one parameter into the model, on the device they are on.
+
+        The default sets each component on the owning module under its own name: as a buffer where the module has a
+        buffer of that name, as a parameter without gradient otherwise.
+        """
+        module = model.get_submodule(parameter.module)
+        for name, tensor in components.items():
+            if name in module._buffers:
+                module._buffers[name] = tensor
+            else:
+                module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+
+    def components(self, model: torch.nn.Module, parameter: Parameter) -> Mapping[str, torch.Tensor]:
+        """The stored tensors of one parameter of a loaded model, as they are saved; the reverse of ``install``."""
+        module = model.get_submodule(parameter.module)
+        state = module.state_dict()
+        return {name: state[name] for name in self.layout_of(parameter).components}
+
+    def dequantize(self, components: Mapping[str, torch.Tensor], parameter: Parameter) -> torch.Tensor:
+        """The full-precision tensor that the components stand for, in ``parameter.spec``'s dtype and shape.
+
+        Raises:
+            UnsupportedError: this method can't dequantize.
+        """
+        raise UnsupportedError(f"{type(self).__name__} can't dequantize {parameter.name}")
+
+    def restore_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The full-precision module that a swapped ``module`` stands for, on the meta device; for ``dequantize``."""
+        raise UnsupportedError(f"{type(self).__name__} can't turn {type(module).__name__} back into its original")
+
+    # What the core knows ------------------------------------------------------------------------------------------
+
+    def layout_of(self, parameter: Parameter) -> Layout:
+        """The layout in force for ``parameter`` in this load: the stored one if it was stored quantized."""
+        found = self.stored.get(parameter.name)
+        return self.layout(parameter) if found is None else self.stored_layout(parameter, found)
+
+    def stored_names(self, parameter: Parameter) -> dict[str, str]:
+        """Component -> the name it has in a state dict."""
+        return {name: qualified(parameter.module, name) for name in self.layout_of(parameter).components}

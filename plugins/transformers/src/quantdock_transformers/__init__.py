@@ -1,0 +1,1 @@
+"""Architectures, weight conversions, configs and tokenizers from transformers, as a quantdock plugin."""

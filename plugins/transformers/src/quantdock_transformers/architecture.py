@@ -1,0 +1,160 @@
+"""What quantdock's loader must know about a transformers model, asked of the model itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantdock import Architecture, LoadOutcome, Routing, TensorSpec
+
+from quantdock_transformers.conversions import route
+from quantdock_transformers.recognition import forget, mark
+
+
+class TransformersArchitecture(Architecture):
+    """A ``PreTrainedModel`` on the meta device and its rules: conversions, ties, fp32 modules, initialisation."""
+
+    def __init__(self, model: Any, dtype: torch.dtype, *, generation_config: Any = None) -> None:
+        self._model = model
+        self._generation_config = generation_config
+        self._fp32 = [
+            (re.compile(pattern.replace("*", ".*")), wanted) for pattern, wanted in model._get_dtype_plan(dtype).items()
+        ]
+        self._unexpected = _patterns(model._keys_to_ignore_on_load_unexpected)
+        self._missing = _patterns(model._keys_to_ignore_on_load_missing)
+        self._buffers = [name for name, _ in model.named_buffers()]
+        self._transforms: list[Any] = []
+
+    def route(self, stored: Mapping[str, TensorSpec], slots: Mapping[str, TensorSpec]) -> Routing:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self._transforms = get_model_conversion_mapping(self._model)
+        return route(
+            self._transforms,
+            stored,
+            slots,
+            config=self._model.config,
+            base_model_prefix=self._model.base_model_prefix,
+        )
+
+    def role(self, module: torch.nn.Module, leaf: str) -> Any:
+        from transformers.pytorch_utils import Conv1D
+
+        if leaf == "weight" and isinstance(module, Conv1D):
+            return "linear-transposed"
+        return super().role(module, leaf)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return next((wanted for pattern, wanted in self._fp32 if pattern.search(name)), None)
+
+    def tied(self) -> Mapping[str, str]:
+        return dict(self._model.all_tied_weights_keys)
+
+    def kept(self) -> Mapping[str, str]:
+        from transformers.quantizers.base import get_keys_to_not_convert
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        tied = set(self._model.all_tied_weights_keys) | set(self._model.all_tied_weights_keys.values())
+        head = self._model.get_output_embeddings()
+        keys = [*get_keys_to_not_convert(self._model), *(self._model._keep_in_fp32_modules or ())]
+        result = {}
+        for name in self._model.state_dict():
+            path = name.rpartition(".")[0]
+            if name in tied:
+                result[name] = "tied"
+            elif not should_convert_module(path, keys):
+                is_head = head is not None and self._model.get_submodule(path) is head
+                result[name] = "output head" if is_head else "kept in full precision by the architecture"
+        return result
+
+    def may_be_missing(self, name: str) -> str | None:
+        return "the architecture computes it" if _any(self._missing, name) else None
+
+    def may_be_unexpected(self, stored: str, target: str) -> str | None:
+        if _any(self._unexpected, target):
+            return "the architecture ignores it"
+        # Buffers that older checkpoints store and newer classes recompute.
+        if re.search(r"rotary_emb\.inv_freq", target) and any(b.endswith("rotary_emb.inv_freq") for b in self._buffers):
+            return "a rotary buffer, which the model computes"
+        if re.search(r"(^|\.)position_ids$", target) and any(b.endswith("position_ids") for b in self._buffers):
+            return "position ids, which the model computes"
+        return None
+
+    def is_head(self, name: str) -> bool:
+        prefix = self._model.base_model_prefix
+        return bool(prefix) and hasattr(self._model, prefix) and not name.startswith(f"{prefix}.")
+
+    def no_split_modules(self) -> Sequence[str]:
+        return sorted(self._model._no_split_modules or ())
+
+    def dispatch_options(self) -> Mapping[str, Any]:
+        return {"skip_keys": self._model._skip_keys_device_placement}
+
+    def finish(self, outcome: LoadOutcome) -> None:
+        from transformers.utils.loading_report import LoadStateDictInfo
+
+        model = self._model
+        _mark_initialised(model, outcome)
+        info = LoadStateDictInfo(
+            missing_keys={*outcome.missing, *outcome.tied},
+            unexpected_keys=set(),
+            mismatched_keys=set(),
+            error_msgs=[],
+            conversion_errors={},
+            skipped_pp_keys=set(),
+        )
+        model.mark_tied_weights_as_initialized(info)
+        devices = {name: str(device) for name, device in outcome.devices.items()}
+        model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), devices, None, None)
+        model._initialize_missing_keys(bool(outcome.quantizers))
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        if self._generation_config is not None:
+            model.generation_config = self._generation_config
+        # What save_pretrained undoes: the conversions that this checkpoint needed.
+        model._weight_conversions = [transform for transform in self._transforms if transform.was_used()]
+        if outcome.quantization_config is not None:
+            mark(model, outcome.quantizers, outcome.quantization_config)
+
+    def export(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        for name in self._model._keys_to_ignore_on_save or ():
+            state.pop(name, None)
+        return dict(revert_weight_conversion(self._model, remove_tied_weights_from_state_dict(state, self._model)))
+
+    def forget_quantization(self) -> None:
+        forget(self._model)
+
+    def write_config(self, folder: Path, quantization: Mapping[str, Any] | None) -> None:
+        model = self._model
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+
+
+def _patterns(patterns: Iterable[str] | None) -> list[re.Pattern[str]]:
+    return [re.compile(pattern) for pattern in patterns or ()]
+
+
+def _any(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
+
+
+def _mark_initialised(model: Any, outcome: LoadOutcome) -> None:
+    """Set transformers' flag on what has its values, so that its initialisation leaves it alone."""
+    for name in outcome.loaded:
+        path, _, leaf = name.rpartition(".")
+        tensor = getattr(model.get_submodule(path), leaf, None)
+        if isinstance(tensor, torch.Tensor):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    unfinished = {name.rpartition(".")[0] for name in outcome.missing}
+    for quantizer in outcome.quantizers:
+        for parameter in quantizer.parameters.values():
+            if parameter.module not in unfinished:
+                model.get_submodule(parameter.module)._is_hf_initialized = True

@@ -1,0 +1,188 @@
+"""transformers' weight conversions as quantdock's: moved pieces where possible, transformers' own operations elsewhere.
+
+The rules for which stored name becomes which parameter are transformers' (``core_model_loading``, 5.23): every
+renaming in turn, then at most one converter, then the base model's prefix added or dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from quantdock import Assembly, Conversion, Piece, Routing, TensorSpec, rename
+
+
+@dataclass
+class _Collected:
+    """The stored tensors of one converter instance, by source pattern, in transformers' order."""
+
+    converter: Any
+    keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(key for keys in self.keys.values() for key in keys)
+
+
+class _Shapes:
+    """Stands for the model while operations ask it for the shapes of parameters, which quantizing changes."""
+
+    def __init__(self, slots: Mapping[str, TensorSpec], config: Any) -> None:
+        self._slots = slots
+        self.config = config
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        spec = self._slots[name]
+        return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+    get_parameter_or_buffer = get_parameter
+
+
+def route(
+    transforms: Sequence[Any],
+    stored: Mapping[str, TensorSpec],
+    slots: Mapping[str, TensorSpec],
+    *,
+    config: Any,
+    base_model_prefix: str,
+) -> Routing:
+    """Match stored tensors with parameters.
+
+    Args:
+        transforms: transformers' ``WeightTransform`` objects; those that match are marked as used.
+        stored: stored name -> dtype and shape.
+        slots: parameter name -> dtype and shape in full precision.
+        config: the model's config object, which some operations read.
+        base_model_prefix: the name of the base model inside a model with a head.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    collected: dict[str, _Collected] = {}
+    conversions: list[Conversion] = []
+    unmatched: dict[str, str] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, base_model_prefix, slots)
+        if target not in slots and key in slots:
+            target, pattern = rename_source_key(key, [], [], base_model_prefix, slots)
+        if target not in slots:
+            unmatched[key] = target
+        elif pattern is None:
+            conversions.append(rename(key, target, stored[key]))
+        else:
+            group = collected.setdefault(target, _Collected(by_pattern[pattern]))
+            group.keys[pattern].append(key)
+    shapes = _Shapes(slots, config)
+    conversions += [_conversion(target, group, stored, slots, shapes) for target, group in collected.items()]
+    return Routing(conversions=conversions, unmatched=unmatched)
+
+
+def _conversion(
+    target: str, group: _Collected, stored: Mapping[str, TensorSpec], slots: Mapping[str, TensorSpec], shapes: _Shapes
+) -> Conversion:
+    dtype = slots[target].dtype
+    stored_dtype = stored[group.sources[0]].dtype
+    meta = {name: torch.empty(stored[name].shape, dtype=stored_dtype, device="meta") for name in group.sources}
+    made = _converted(target, group, meta, shapes)
+    targets = {name: TensorSpec(dtype=stored_dtype, shape=tuple(tensor.shape)) for name, tensor in made.items()}
+    label = "+".join(_label(operation) for operation in group.converter.operations)
+    assemblies = _assemblies(group, stored, targets)
+    if assemblies is not None:
+        return Conversion(sources=group.sources, targets=targets, assemblies=assemblies, label=label)
+    return Conversion(
+        sources=group.sources, targets=targets, function=_function(target, group, dtype, shapes), label=label
+    )
+
+
+def _function(
+    target: str, group: _Collected, dtype: torch.dtype, shapes: _Shapes
+) -> Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]:
+    def convert(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        # transformers casts first and converts then; so do we, for the same bits.
+        return _converted(target, group, {name: tensor.to(dtype) for name, tensor in tensors.items()}, shapes)
+
+    return convert
+
+
+def _converted(
+    target: str, group: _Collected, tensors: Mapping[str, torch.Tensor], shapes: _Shapes
+) -> dict[str, torch.Tensor]:
+    """Run the converter's own operations on ``tensors``."""
+    converter = copy.deepcopy(group.converter)
+    for pattern, keys in group.keys.items():
+        for key in keys:
+            converter.add_tensor(target, key, pattern, tensors[key])
+    made = converter.convert(target, model=shapes, config=shapes.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _label(operation: Any) -> str:
+    return {"MergeModulelist": "stack"}.get(type(operation).__name__, type(operation).__name__.lower())
+
+
+# Conversions that only move data, as pieces: each stored tensor goes straight to its place in the parameter, so that
+# merging the experts of a layer needs no second copy of them.
+
+
+def _assemblies(
+    group: _Collected, stored: Mapping[str, TensorSpec], targets: Mapping[str, TensorSpec]
+) -> dict[str, Assembly] | None:
+    names = [type(operation).__name__ for operation in group.converter.operations]
+    dims = [getattr(operation, "dim", None) for operation in group.converter.operations]
+    if len(targets) == 1:
+        (target, spec), *_ = targets.items()
+        pieces = None
+        if names == ["MergeModulelist"] and dims == [0]:
+            pieces = [Piece(source=key, into=(index,)) for index, key in enumerate(group.sources)]
+        elif names == ["MergeModulelist", "Concatenate"] and dims[0] == 0 and dims[1] not in (0, None):
+            pieces = _stacked_then_joined(group, stored, int(dims[1]), len(spec.shape))
+        elif names == ["Concatenate"] and dims[0] is not None:
+            pieces = _joined(group, stored, int(dims[0]), len(spec.shape))
+        return None if pieces is None else {target: Assembly(shape=spec.shape, pieces=tuple(pieces))}
+    if names in (["Chunk"], ["Split"]) and len(group.sources) == 1:
+        return _parts(group.sources[0], targets, int(dims[0]))
+    return None
+
+
+def _ordered_patterns(group: _Collected) -> list[str]:
+    return [pattern for pattern in group.converter.source_patterns if pattern in group.keys]
+
+
+def _joined(group: _Collected, stored: Mapping[str, TensorSpec], dim: int, rank: int) -> list[Piece]:
+    dim %= rank
+    pieces, start = [], 0
+    for pattern in _ordered_patterns(group):
+        for key in group.keys[pattern]:
+            end = start + stored[key].shape[dim]
+            pieces.append(Piece(source=key, into=(*(slice(None),) * dim, slice(start, end))))
+            start = end
+    return pieces
+
+
+def _stacked_then_joined(group: _Collected, stored: Mapping[str, TensorSpec], dim: int, rank: int) -> list[Piece]:
+    dim %= rank
+    pieces, start = [], 0
+    for pattern in _ordered_patterns(group):
+        keys = group.keys[pattern]
+        end = start + stored[keys[0]].shape[dim - 1]
+        place = (*(slice(None),) * (dim - 1), slice(start, end))
+        pieces += [Piece(source=key, into=(index, *place)) for index, key in enumerate(keys)]
+        start = end
+    return pieces
+
+
+def _parts(source: str, targets: Mapping[str, TensorSpec], dim: int) -> dict[str, Assembly]:
+    result, start = {}, 0
+    for target, spec in targets.items():
+        axis = dim % len(spec.shape)
+        end = start + spec.shape[axis]
+        piece = Piece(source=source, part=(*(slice(None),) * axis, slice(start, end)))
+        result[target] = Assembly(shape=spec.shape, pieces=(piece,))
+        start = end
+    return result

@@ -48,7 +48,7 @@ class Offer:
         entry = importlib_metadata.EntryPoint(name=self.name, value=self.value, group=self.group)
         try:
             return entry.load()
-        except Exception as error:  # noqa: BLE001 - a plugin's import may fail in any way; it is named and chained
+        except Exception as error:
             raise PluginError(
                 f"{self.origin} offers {self.name!r} ({self.group}), but importing {self.value} failed: "
                 f"{type(error).__name__}: {error}. Reinstall or remove it: pip uninstall {self.dist}"

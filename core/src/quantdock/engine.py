@@ -259,7 +259,9 @@ def _check_components(
 ) -> None:
     """A plugin's declaration is its word: placement and the prediction rely on it."""
     if components is None:
-        raise PluginError(f"{type(quantizer).__name__}.quantize_param returned None for {parameter.name!r}, which it took")
+        raise PluginError(
+            f"{type(quantizer).__name__}.quantize_param returned None for {parameter.name!r}, which it took"
+        )
     layout = quantizer.layout(parameter)
     made = {name: TensorSpec.of(tensor) for name, tensor in components.items()}
     if not layout.fits(made):

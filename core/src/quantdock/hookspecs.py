@@ -57,9 +57,7 @@ def find_checkpoints(source: Source, config: ModelConfig, options: LoadOptions) 
 
 
 @hookspec(firstresult=True)
-def build_model(
-    source: Source, config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions
-) -> Skeleton | None:
+def build_model(source: Source, config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> Skeleton | None:
     """Make the model on the meta device, without a byte of weights.
 
     Called once per load. Return the skeleton (the module plus what the loader must know of its architecture), or

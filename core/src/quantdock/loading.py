@@ -73,7 +73,8 @@ def load(
             For a checkpoint that is quantized already: only overrides of run-time attributes.
         dtype: of what stays in full precision; ``"auto"`` follows the config, then the checkpoint.
         device_map: a device, ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``, or a mapping of
-            module paths to devices (``"cpu"``, ``0``, ``"disk"``). ``None``: the CPU, or where the quantizer wants to be.
+            module paths to devices (``"cpu"``, ``0``, ``"disk"``). ``None``: the CPU, or what the
+            quantizer prefers.
         max_memory: device -> bytes it may be given (``{0: "20GiB", "cpu": "64GiB"}``).
         offload_dir: folder for what ``device_map`` puts on disk.
         memory_budget: bytes that may be in flight beside the model, such as ``"256MiB"``.

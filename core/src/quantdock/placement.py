@@ -129,9 +129,9 @@ def _inferred(
 
     shadow = _shadow(model, sizes, tied)
     limits = get_max_memory(
-        None if max_memory is None else {
-            key: parse_bytes(value, option=f"max_memory[{key!r}]") for key, value in max_memory.items()
-        }
+        None
+        if max_memory is None
+        else {key: parse_bytes(value, option=f"max_memory[{key!r}]") for key, value in max_memory.items()}
     )
     total = sum(sizes.values())
     first = next(iter(limits))
@@ -158,7 +158,11 @@ def _without_reserve(shadow: torch.nn.Module, limits: dict[Any, int], no_split: 
     fast = {device: limit for device, limit in limits.items() if device not in ("cpu", DISK)} or limits
     first = next(iter(fast))
     largest = max(
-        (sum(p.numel() for p in module.parameters()) for module in shadow.modules() if type(module).__name__ in no_split),
+        (
+            sum(p.numel() for p in module.parameters())
+            for module in shadow.modules()
+            if type(module).__name__ in no_split
+        ),
         default=0,
     ) or max((sum(p.numel() for p in module.parameters(recurse=False)) for module in shadow.modules()), default=0)
     roomy = fast | {first: fast[first] + largest}

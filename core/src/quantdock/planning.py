@@ -152,8 +152,8 @@ class Plan:
         lines = [
             f"plan for {self.source.name} ({self.checkpoint.format}, {len(self.checkpoint.files)} file(s))",
             groups_table(grouped(ledger.entries)),
-            f"stored {format_bytes(ledger.stored_nbytes)}, resident when loaded {format_bytes(self.resident_nbytes)} "
-            f"({self.resident_nbytes} bytes), peak at most {format_bytes(self.peak_nbytes)}",
+            f"stored {format_bytes(ledger.stored_nbytes)}, peak at most {format_bytes(self.peak_nbytes)}",
+            f"resident when loaded {format_bytes(self.resident_nbytes)} ({self.resident_nbytes} bytes)",
             "coverage: "
             + ", ".join(
                 f"{method or 'full precision'} {amount / max(1, ledger.stored_nbytes):.1%}"
@@ -280,6 +280,8 @@ def preprocess(skeleton: Skeleton, match: Match, hooks: pluggy.PluginManager) ->
         PluginError: a plugin touched a parameter that isn't its own, or put one off the meta device.
     """
     model = skeleton.model
+    # Some classes create parameters that torch's meta context can't catch; those are the architecture's doing.
+    real_before = {id(slot) for slot in model.parameters() if not slot.is_meta}
     hooks.hook.preprocess_model(model=model)
     state = model.state_dict(keep_vars=True)
     problems = []
@@ -291,11 +293,15 @@ def preprocess(skeleton: Skeleton, match: Match, hooks: pluggy.PluginManager) ->
             problems.append(f"{name!r} is gone")
         elif tuple(slot.shape) != parameter.spec.shape:
             problems.append(f"{name!r} became {list(slot.shape)}")
-    problems += [f"{name!r} is on {slot.device}" for name, slot in model.named_parameters() if not slot.is_meta]
+    problems += [
+        f"{name!r} is on {slot.device}"
+        for name, slot in model.named_parameters()
+        if not slot.is_meta and id(slot) not in real_before
+    ]
     if problems:
         raise PluginError(
-            "preprocess_model may swap only the modules of the quantizer's own parameters, on the meta device; after it "
-            + "; ".join(problems[:5])
+            "preprocess_model may swap only the modules of the quantizer's own parameters, on the meta device; after "
+            "it " + "; ".join(problems[:5])
         )
 
 
@@ -307,9 +313,7 @@ def resolve_placement(skeleton: Skeleton, match: Match, selection: Selection, op
     """
     sizes = {name: _resident(match, name) for name in match.parameters}
     preferred = next((d for c in selection if (d := c.quantizer.preferred_device()) is not None), None)
-    placement = place(
-        skeleton.model, sizes, match.tied, skeleton.architecture.no_split_modules(), options, preferred
-    )
+    placement = place(skeleton.model, sizes, match.tied, skeleton.architecture.no_split_modules(), options, preferred)
     for chosen in selection:
         devices = {str(placement.device_of(name)): name for name in chosen.quantizer.parameters}
         for device, name in devices.items():

@@ -90,7 +90,9 @@ class Policy:
             PolicyError: a file can't be read or says something that isn't known.
         """
         named = [value for value in (os.environ.get(ENVIRONMENT), path) if value]
-        return cls(rules=tuple(_read(Path(value).expanduser()) for value in dict.fromkeys(map(os.fspath, named))))
+        return cls(
+            rules=tuple(_read(Path(value).expanduser()) for value in dict.fromkeys(os.fspath(value) for value in named))
+        )
 
 
 def _read(path: Path) -> _Rules:

@@ -51,11 +51,13 @@ class QuantizationConfig:
             raise ConfigError(
                 f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(sorted(known))}"
             )
-        return cls(**{
-            name: _dtype_from_json(cls, name, value) if "dtype" in str(hints[name]) else value
-            for name, value in values.items()
-            if name in known
-        })
+        return cls(
+            **{
+                name: _dtype_from_json(cls, name, value) if "dtype" in str(hints[name]) else value
+                for name, value in values.items()
+                if name in known
+            }
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that ``from_dict`` reads, ``quant_method`` included."""
@@ -86,10 +88,12 @@ class QuantizationConfig:
             and getattr(other, item.name) not in (getattr(self, item.name), item.default)
         ]
         if differing:
-            found = ", ".join(f"{name}={getattr(self, name)!r} (asked for {getattr(other, name)!r})" for name in differing)
+            found = ", ".join(
+                f"{name}={getattr(self, name)!r} (asked for {getattr(other, name)!r})" for name in differing
+            )
             raise ConfigError(
-                f"the checkpoint is already quantized and fixes {found}; only {sorted(runtime_names)} can be overridden. "
-                "Drop quantize=, or load the unquantized checkpoint."
+                f"the checkpoint is already quantized and fixes {found}; only {sorted(runtime_names)} can be "
+                "overridden. Drop quantize=, or load the unquantized checkpoint."
             )
         return dataclasses.replace(self, **{name: getattr(other, name) for name in runtime_names})
 
@@ -211,7 +215,9 @@ class Quantizer(ABC, Generic[ConfigT]):
         """
         layout = self.layout(parameter)
         problems = [f"component {name!r} is missing" for name in layout.components.keys() - found.keys()]
-        problems += [f"component {name!r} is not part of the format" for name in found.keys() - layout.components.keys()]
+        problems += [
+            f"component {name!r} is not part of the format" for name in found.keys() - layout.components.keys()
+        ]
         problems += [
             f"component {name!r} is {found[name]}, expected {spec}"
             for name, spec in layout.components.items()

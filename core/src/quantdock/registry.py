@@ -123,7 +123,9 @@ def _stored_selection(asked: Any, stored: Mapping[str, Any], catalog: Catalog) -
                 f"{override.quant_method!r}. Drop quantize=, or load the unquantized checkpoint."
             )
         config = config.overridden_by(override)
-    return Selection(rules=(Rule(pattern="*", chosen=_from_config(config, catalog, prequantized=True)),), prequantized=True)
+    return Selection(
+        rules=(Rule(pattern="*", chosen=_from_config(config, catalog, prequantized=True)),), prequantized=True
+    )
 
 
 def _choose(value: Any, catalog: Catalog) -> Chosen | None:
@@ -175,8 +177,7 @@ def _preset(name: str, catalog: Catalog) -> QuantizationConfig:
     if offer is None:
         package = _phone_book("presets").get(name.partition("-")[0])
         raise UnknownPresetError(
-            f"no installed plugin offers the preset {name!r}. Installed: "
-            f"{_names(catalog, PRESETS)}. {_advice(package)}"
+            f"no installed plugin offers the preset {name!r}. Installed: {_names(catalog, PRESETS)}. {_advice(package)}"
         )
     config = offer.load()
     if not isinstance(config, QuantizationConfig):

@@ -48,9 +48,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; parameters are grouped."""
-        plain = {
-            item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "ledger"
-        }
+        plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "ledger"}
         plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()}
         return plain | {
             "groups": [dataclasses.asdict(group) for group in grouped(self.ledger.entries)],
@@ -69,9 +67,9 @@ class Report:
             ("stored bytes", f"{ledger.stored_nbytes} ({format_bytes(ledger.stored_nbytes)})"),
             (
                 "in flight",
-                f"peak {format_bytes(self.in_flight_peak_nbytes)} of {format_bytes(self.memory_budget)}, "
-                f"{self.workers} worker(s)",
+                f"peak {format_bytes(self.in_flight_peak_nbytes)} of {format_bytes(self.memory_budget)}",
             ),
+            ("workers", str(self.workers)),
             ("seconds", ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())),
             ("plugins", ", ".join(f"{name} {version}" for name, version in self.plugins.items()) or "none"),
             ("policy", self.policy),

@@ -179,7 +179,9 @@ def _entry(name: str, raw: object, start: int, path: Path) -> SafetensorsEntry:
     """One validated tensor; that the tensors fill the file together is ``_check_cover``'s business."""
     if not isinstance(raw, dict) or raw.keys() != _ENTRY_KEYS:
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-        raise CheckpointError(f"described by {found}, expected dtype, shape and data_offsets", file=path, tensor=name)
+        raise CheckpointError(
+            f"described by {found!s:.200}, expected dtype, shape and data_offsets", file=path, tensor=name
+        )
     begin, end = _offsets(raw["data_offsets"], path, name)
     spec = _spec(raw["dtype"], raw["shape"], path, name)
     if spec.nbytes != end - begin:
@@ -226,7 +228,7 @@ def _spec(name: object, shape: Any, path: Path, tensor: str) -> TensorSpec:
             raise CheckpointError(f"{name} of shape {shape!r:.200} exceeds 2**63 bytes", file=path, tensor=tensor)
     if name == _PACKED:
         if not shape or shape[-1] % 2:
-            raise CheckpointError(f"{name} of shape {shape} has half a byte to a row", file=path, tensor=tensor)
+            raise CheckpointError(f"{name} of shape {shape!r:.200} has half a byte to a row", file=path, tensor=tensor)
         shape = [*shape[:-1], shape[-1] // 2]
     return TensorSpec(dtype=dtype, shape=tuple(shape))
 

@@ -170,10 +170,15 @@ def dequantize(model: torch.nn.Module, *, dtype: torch.dtype | None = None) -> t
             for parameter in quantizer.parameters.values():
                 _dequantize_one(model, quantizer, parameter, dtype)
     record.architecture.forget_quantization()
-    attach(model, Record(
-        report=record.report, architecture=record.architecture, selection=type(record.selection)(),
-        quantization_config=None,
-    ))
+    attach(
+        model,
+        Record(
+            report=record.report,
+            architecture=record.architecture,
+            selection=type(record.selection)(),
+            quantization_config=None,
+        ),
+    )
     return model
 
 

@@ -99,9 +99,11 @@ class HubSource(Source):
         from huggingface_hub import constants  # imported here: a local load needs no HTTP client
 
         self._options = options
+        self._cache_dir = None if options.cache_dir is None else as_path(options.cache_dir)
         self._local = options.local_files_only or constants.is_offline_mode()
         self._commit: str | None = None
         self._snapshot: Path | None = None
+        self._resolved = False
         self._forced: set[str] = set()
 
     @property
@@ -115,13 +117,14 @@ class HubSource(Source):
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         force = self._options.force_download and name not in self._forced and not self._local
+        self._resolve()
         try:
             path = Path(
                 hf_hub_download(
                     self.name,
                     name,
                     revision=self._commit or self._options.revision,
-                    cache_dir=self._options.cache_dir,
+                    cache_dir=self._cache_dir,
                     token=self._options.token,
                     local_files_only=self._local,
                     force_download=force,
@@ -174,6 +177,26 @@ class HubSource(Source):
     def identity(self) -> dict[str, str]:
         return super().identity | ({"revision": self._commit} if self._commit else {})
 
+    def _resolve(self) -> None:
+        """Pin the revision to its commit, once, so that every file is of the same state of the repository.
+
+        Mirrors also answer more precisely for a commit than for a branch: a file that isn't there is then told apart
+        from a repository that isn't.
+        """
+        if self._resolved or self._local:
+            return
+        self._resolved = True
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            info = HfApi(token=self._options.token).model_info(self.name, revision=self._options.revision or "main")
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise _explained(self, error) from error
+        except Exception:  # noqa: BLE001 - no network, in the words of whichever HTTP client the Hub's library uses
+            return  # what is cached can still be found, and find() says so when nothing is
+        self._commit = info.sha
+
     def _pin(self, path: Path, name: str) -> None:
         snapshot = path.parents[len(Path(name).parts) - 1]
         if self._snapshot is None:
@@ -188,7 +211,7 @@ class HubSource(Source):
                 snapshot_download(
                     self.name,
                     revision=self._options.revision,
-                    cache_dir=self._options.cache_dir,
+                    cache_dir=self._cache_dir,
                     local_files_only=True,
                 )
             )

@@ -57,7 +57,7 @@ class TensorReader(ABC):
         """Bytes in flight at the most while ``read`` runs, its result included."""
         return tensor.spec.nbytes
 
-    def will_need(self, tensor: StoredTensor) -> None:
+    def will_need(self, tensor: StoredTensor) -> None:  # noqa: B027 - advice that a reader may have no use for
         """The tensor is going to be read soon; a good moment for read-ahead."""
 
     @abstractmethod
@@ -94,7 +94,7 @@ class Parameter:
     module_type: type[torch.nn.Module]
     """Class of the module that owns it."""
     role: Role = "other"
-    """``linear``: the weight of an ``nn.Linear``, ``[out, in]``; ``linear-transposed``: the same stored ``[in, out]``."""
+    """``linear``: the weight of an ``nn.Linear``, ``[out, in]``; ``linear-transposed``: the same as ``[in, out]``."""
     is_buffer: bool = False
 
     @property

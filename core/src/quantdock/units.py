@@ -65,9 +65,7 @@ def _stored_unit(name: str, parts: Mapping[str, StoredTensor], match: Match, pla
     )
     sources = tuple(parts.values())
     moved = target.device != torch.device("cpu")
-    in_flight = sum(
-        source.reader.working_bytes(source) for source in sources if moved or not source.reader.maps
-    )
+    in_flight = sum(source.reader.working_bytes(source) for source in sources if moved or not source.reader.maps)
     return Unit(sources=sources, targets=(target,), conversion=None, components=tuple(parts), in_flight=in_flight)
 
 

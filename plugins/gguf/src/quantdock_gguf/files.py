@@ -40,8 +40,8 @@ def chosen_file(source: Source, options: LoadOptions) -> str | None:
     found = sorted({_first_part(name) for name in source.listing() if name.endswith(SUFFIX)})
     if len(found) > 1:
         raise SourceError(
-            f"{source.name}: has no config.json and {len(found)} GGUF files ({', '.join(found)}). Say which with "
-            f"extras={{{CHOICE!r}: {found[0]!r}}} ({CHOICE}= in from_pretrained), or name the file itself if it is local."
+            f"{source.name}: has no config.json and {len(found)} GGUF files ({', '.join(found)}). Say which: "
+            f"extras={{{CHOICE!r}: {found[0]!r}}}, {CHOICE}= in from_pretrained, or the path of the file if it is local"
         )
     return found[0] if found else None
 

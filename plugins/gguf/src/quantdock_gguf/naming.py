@@ -29,8 +29,8 @@ def parameter_names(model: torch.nn.Module, processor: TensorProcessor, headers:
 def _names(module: torch.nn.Module, processor: TensorProcessor, table: TensorNameMap, prefix: str) -> dict[str, str]:
     """The names of one module and what is below it: a name that is found nearer to the root wins."""
     found: dict[str, str] = {}
-    for key in module.state_dict():
-        key = processor.preprocess_name(key)
+    for own_name in module.state_dict():
+        key = processor.preprocess_name(own_name)
         name, dot, leaf = key.rpartition(".")
         if not dot or leaf not in ("weight", "bias"):
             name, dot, leaf = key, "", ""

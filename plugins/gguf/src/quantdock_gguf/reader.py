@@ -7,15 +7,18 @@ import weakref
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from quantdock import CheckpointError, StoredTensor, TensorReader, TensorSpec, UnsupportedError
 from quantdock_gguf.header import Header, TensorInfo, parse_header
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 CHUNK: Final = 1 << 17
 """Values unpacked at a time: enough that numpy's loops outweigh its calls, few enough to stay in a core's cache."""
@@ -93,7 +96,7 @@ class GGUFTensorReader(TensorReader):
         info = self._infos[tensor.name]
         if info.kind in _PLAIN:
             return tensor.spec.nbytes
-        block, block_bytes = GGML_QUANT_SIZES[info.kind]
+        block, block_bytes = _block(info.kind)
         packed = min(info.nbytes, CHUNK // block * block_bytes)
         return tensor.spec.nbytes + packed + _SCRATCH_PER_VALUE * min(CHUNK, tensor.spec.numel) + _SCRATCH_BASE
 
@@ -116,7 +119,7 @@ class GGUFTensorReader(TensorReader):
         return block_dtype if block_dtype != torch.float32 and info.kind in _torch_kinds() else torch.float32
 
     def _unpack(self, values: torch.Tensor, info: TensorInfo) -> None:
-        block, block_bytes = GGML_QUANT_SIZES[info.kind]
+        block, block_bytes = _block(info.kind)
         step = CHUNK // block * block_bytes
         packed = np.empty(min(step, info.nbytes), dtype=np.uint8)
         for start in range(0, info.nbytes, step):
@@ -131,10 +134,10 @@ class GGUFTensorReader(TensorReader):
             with np.errstate(all="ignore"):
                 target.numpy()[:] = dequantize(part, info.kind)
 
-    def _fill(self, target: np.ndarray[tuple[int], np.dtype[np.uint8]], info: TensorInfo, skip: int) -> None:
+    def _fill(self, target: Bytes, info: TensorInfo, skip: int) -> None:
         if not self._closing.alive:
             raise CheckpointError("was closed", file=self.header.file, tensor=info.name)
-        view, done = memoryview(target), 0
+        view, done = memoryview(target.data), 0
         while done < len(view):
             try:
                 got = os.preadv(self._descriptor, [view[done:]], info.start + skip + done)
@@ -147,6 +150,12 @@ class GGUFTensorReader(TensorReader):
                     "ends before its values do: the file has shrunk", file=self.header.file, tensor=info.name
                 )
             done += got
+
+
+def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
+    """Values and bytes of a block."""
+    values, packed = GGML_QUANT_SIZES[kind]
+    return int(values), int(packed)
 
 
 @cache
@@ -167,9 +176,7 @@ def _torch_kinds() -> frozenset[int]:
     return frozenset(GGML_BLOCK)
 
 
-def _unpack_by_torch(
-    packed: np.ndarray[tuple[int], np.dtype[np.uint8]], kind: GGMLQuantizationType, dtype: torch.dtype
-) -> torch.Tensor:
+def _unpack_by_torch(packed: Bytes, kind: GGMLQuantizationType, dtype: torch.dtype) -> torch.Tensor:
     from transformers.integrations.gguf.dequant import dequantize as dequantize_by_torch
 
     values: torch.Tensor = dequantize_by_torch(torch.from_numpy(packed), int(kind), dtype)

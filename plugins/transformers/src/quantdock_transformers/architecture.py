@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantdock import Architecture, LoadOutcome, Routing, TensorSpec
 
+from quantdock import Architecture, LoadOutcome, Routing, TensorSpec
 from quantdock_transformers.conversions import route
 from quantdock_transformers.recognition import forget, mark
 
@@ -17,8 +17,9 @@ from quantdock_transformers.recognition import forget, mark
 class TransformersArchitecture(Architecture):
     """A ``PreTrainedModel`` on the meta device and its rules: conversions, ties, fp32 modules, initialisation."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, *, generation_config: Any = None) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, *, generation_config: Any = None, is_part: bool = False) -> None:
         self._model = model
+        self._is_part = is_part  # a text model out of a composite checkpoint
         self._generation_config = generation_config
         self._fp32 = [
             (re.compile(pattern.replace("*", ".*")), wanted) for pattern, wanted in model._get_dtype_plan(dtype).items()
@@ -27,18 +28,23 @@ class TransformersArchitecture(Architecture):
         self._missing = _patterns(model._keys_to_ignore_on_load_missing)
         self._buffers = [name for name, _ in model.named_buffers()]
         self._transforms: list[Any] = []
+        self._other_parts: set[str] = set()
 
     def route(self, stored: Mapping[str, TensorSpec], slots: Mapping[str, TensorSpec]) -> Routing:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         self._transforms = get_model_conversion_mapping(self._model)
-        return route(
+        routing = route(
             self._transforms,
             stored,
             slots,
             config=self._model.config,
             base_model_prefix=self._model.base_model_prefix,
         )
+        if self._is_part:
+            matched = [source for conversion in routing.conversions for source in conversion.sources]
+            self._other_parts = other_parts(routing.unmatched, matched)
+        return routing
 
     def role(self, module: torch.nn.Module, leaf: str) -> Any:
         from transformers.pytorch_utils import Conv1D
@@ -76,6 +82,8 @@ class TransformersArchitecture(Architecture):
     def may_be_unexpected(self, stored: str, target: str) -> str | None:
         if _any(self._unexpected, target):
             return "the architecture ignores it"
+        if stored in self._other_parts:
+            return "belongs to a part of the composite model that this task doesn't use"
         # Buffers that older checkpoints store and newer classes recompute.
         if re.search(r"rotary_emb\.inv_freq", target) and any(b.endswith("rotary_emb.inv_freq") for b in self._buffers):
             return "a rotary buffer, which the model computes"
@@ -136,6 +144,26 @@ class TransformersArchitecture(Architecture):
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
+
+
+def other_parts(unmatched: Iterable[str], matched: Iterable[str]) -> set[str]:
+    """Which unmatched names lie outside of the part of a composite checkpoint that the matched names make up.
+
+    A name is outside when no matched name shares its first component (``vision_tower.x`` beside ``language_model.y``),
+    or its first two where all matched names under the first share one second (``model.visual.x`` beside
+    ``model.language_model.y``). Anything deeper is inside, and would be a tensor that got lost.
+    """
+    inside: dict[str, set[str]] = {}
+    for name in matched:
+        first, _, rest = name.partition(".")
+        inside.setdefault(first, set()).add(rest.partition(".")[0])
+    result = set()
+    for name in unmatched:
+        first, _, rest = name.partition(".")
+        seconds = inside.get(first)
+        if seconds is None or (len(seconds) == 1 and rest.partition(".")[0] not in seconds):
+            result.add(name)
+    return result
 
 
 def _patterns(patterns: Iterable[str] | None) -> list[re.Pattern[str]]:

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from quantdock import ConfigError, LoadOptions, ModelConfig, Skeleton, Source
-
 from quantdock_transformers.architecture import TransformersArchitecture
 from quantdock_transformers.configs import model_class, native_config
 
@@ -22,7 +21,8 @@ def build(source: Source, config: ModelConfig, options: LoadOptions) -> Skeleton
     from transformers.modeling_utils import patch_output_recorders
     from transformers.utils.generic import ContextManagers
 
-    found_class, native = model_class(native_config(source, config, options), source, config, options)
+    whole = native_config(source, config, options)
+    found_class, native = model_class(whole, source, config, options)
     dtype = options.settled_dtype
     native.dtype = dtype
     for key in native.sub_configs:
@@ -39,7 +39,9 @@ def build(source: Source, config: ModelConfig, options: LoadOptions) -> Skeleton
         raise ConfigError(
             f"{config.origin}: {found_class.__name__} can't be built from it: {type(error).__name__}: {error}"
         ) from error
-    architecture = TransformersArchitecture(model, dtype, generation_config=_generation_config(model, source))
+    architecture = TransformersArchitecture(
+        model, dtype, generation_config=_generation_config(model, source), is_part=native is not whole
+    )
     return Skeleton(model=model, architecture=architecture, built_by="quantdock-transformers")
 
 

@@ -27,7 +27,9 @@ def native_config(source: Source, config: ModelConfig, options: LoadOptions) -> 
         return copy.deepcopy(config.native)
     config_class = _config_class(source, config, options)
     arguments = dict(options.extras.get("config_arguments", {}))
-    data = {key: copy.deepcopy(value) for key, value in config.data.items() if key != "quantization_config"}
+    # Infinity and NaN have a spelling of their own in config files.
+    data = config_class._decode_special_floats(copy.deepcopy(dict(config.data)))
+    data.pop("quantization_config", None)
     try:
         native, unused = config_class.from_dict(data, return_unused_kwargs=True, **arguments)
     except (TypeError, ValueError, KeyError, AttributeError) as error:

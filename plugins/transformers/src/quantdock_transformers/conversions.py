@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from quantdock import Assembly, Conversion, Piece, Routing, TensorSpec, rename
 
 
@@ -134,19 +135,19 @@ def _assemblies(
     group: _Collected, stored: Mapping[str, TensorSpec], targets: Mapping[str, TensorSpec]
 ) -> dict[str, Assembly] | None:
     names = [type(operation).__name__ for operation in group.converter.operations]
-    dims = [getattr(operation, "dim", None) for operation in group.converter.operations]
+    dims = [int(getattr(operation, "dim", 0)) for operation in group.converter.operations]
     if len(targets) == 1:
         (target, spec), *_ = targets.items()
         pieces = None
         if names == ["MergeModulelist"] and dims == [0]:
             pieces = [Piece(source=key, into=(index,)) for index, key in enumerate(group.sources)]
-        elif names == ["MergeModulelist", "Concatenate"] and dims[0] == 0 and dims[1] not in (0, None):
-            pieces = _stacked_then_joined(group, stored, int(dims[1]), len(spec.shape))
-        elif names == ["Concatenate"] and dims[0] is not None:
-            pieces = _joined(group, stored, int(dims[0]), len(spec.shape))
+        elif names == ["MergeModulelist", "Concatenate"] and dims[0] == 0 and dims[1] != 0:
+            pieces = _stacked_then_joined(group, stored, dims[1], len(spec.shape))
+        elif names == ["Concatenate"]:
+            pieces = _joined(group, stored, dims[0], len(spec.shape))
         return None if pieces is None else {target: Assembly(shape=spec.shape, pieces=tuple(pieces))}
     if names in (["Chunk"], ["Split"]) and len(group.sources) == 1:
-        return _parts(group.sources[0], targets, int(dims[0]))
+        return _parts(group.sources[0], targets, dims[0])
     return None
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantdock import Quantizer, dequantize
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
+
+from quantdock import Quantizer, dequantize
 
 
 def mark(model: Any, quantizers: Sequence[Quantizer[Any]], quantization_config: Mapping[str, Any]) -> None:
@@ -36,7 +37,9 @@ def _foreign_config(data: Mapping[str, Any]) -> Any:
     """transformers' config object for a method that it knows, the plain data for any other."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
-    known = data["quant_method"] in AUTO_QUANTIZATION_CONFIG_MAPPING or data.get("load_in_4bit") or data.get("load_in_8bit")
+    known = (
+        data["quant_method"] in AUTO_QUANTIZATION_CONFIG_MAPPING or data.get("load_in_4bit") or data.get("load_in_8bit")
+    )
     return AutoQuantizationConfig.from_dict(dict(data)) if known else dict(data)
 
 

@@ -227,11 +227,11 @@ def _check_shapes(found: Match, checkpoint: Checkpoint, options: LoadOptions) ->
                 )
         if not mismatched:
             kept.append(conversion)
-        elif options.ignore_mismatched_sizes:
-            if len(conversion.targets) > len(mismatched):
+        else:
+            if options.ignore_mismatched_sizes and len(conversion.targets) > len(mismatched):
                 found.problems.append(f"{', '.join(conversion.targets)} are made together and only some shapes fit")
             note = "ignore_mismatched_sizes"
-            found.missing.update(dict.fromkeys(mismatched, note))
+            found.missing.update(dict.fromkeys(conversion.targets, note))
             found.allowed.update(dict.fromkeys(mismatched, note))
             found.ignored.update(dict.fromkeys(conversion.sources, f"{note}: {', '.join(mismatched)}"))
     found.conversions = kept

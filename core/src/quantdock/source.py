@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from quantdock.errors import SourceError
@@ -91,7 +93,7 @@ class HubSource(Source):
     """A repository on the Hub (or a mirror of it: ``HF_ENDPOINT``), at one commit for the whole load.
 
     Files are fetched one by one as they are needed, so that only what a load uses is downloaded. Offline
-    (``local_files_only=True`` or ``HF_HUB_OFFLINE=1``) only the local cache is looked at.
+    (``local_files_only=True`` or ``HF_HUB_OFFLINE=1``) only the local cache is looked at, and no request is made.
     """
 
     def __init__(self, repo_id: str, options: LoadOptions) -> None:
@@ -101,10 +103,26 @@ class HubSource(Source):
         self._options = options
         self._cache_dir = None if options.cache_dir is None else as_path(options.cache_dir)
         self._local = options.local_files_only or constants.is_offline_mode()
-        self._commit: str | None = None
         self._snapshot: Path | None = None
-        self._resolved = False
         self._forced: set[str] = set()
+
+    @cached_property
+    def commit(self) -> str:
+        """The commit that the revision stands for; asked for once, then every file is of the same state.
+
+        Raises:
+            SourceError: there is no such repository or revision, or it can't be known.
+        """
+        from huggingface_hub import HfApi
+
+        # A mirror may know branches, but not which one is the default.
+        revision = self._options.revision or "main"
+        with self._explained():
+            return str(
+                HfApi(token=self._options.token).resolve_revision(
+                    self.name, revision=revision, cache_dir=self._cache_dir, local_files_only=self._local
+                )
+            )
 
     @property
     def root(self) -> Path:
@@ -116,137 +134,85 @@ class HubSource(Source):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        force = self._options.force_download and name not in self._forced and not self._local
-        self._resolve()
-        try:
-            path = Path(
-                hf_hub_download(
-                    self.name,
-                    name,
-                    revision=self._commit or self._options.revision,
-                    cache_dir=self._cache_dir,
-                    token=self._options.token,
-                    local_files_only=self._local,
-                    force_download=force,
+        with self._explained():
+            try:
+                path = Path(
+                    hf_hub_download(
+                        self.name,
+                        name,
+                        revision=self.commit,
+                        cache_dir=self._cache_dir,
+                        token=self._options.token,
+                        local_files_only=self._local,
+                        force_download=self._options.force_download and name not in self._forced and not self._local,
+                    )
                 )
-            )
-        except LocalEntryNotFoundError as error:
-            if self._local:
-                # Offline, a file that isn't cached may exist or not; only the first one tells whether the repository
-                # is there at all.
-                if self._snapshot is not None or self._cached_snapshot() is not None:
-                    return None
-                raise self._unreachable(error, "it isn't in the local cache and this load is offline") from error
-            raise self._unreachable(error, "the Hub can't be reached") from error
-        except EntryNotFoundError:
-            return None
-        except Exception as error:
-            raise _explained(self, error) from error
+            except LocalEntryNotFoundError:
+                if self._local:
+                    return None  # the repository is cached, this file isn't
+                raise
+            except EntryNotFoundError:
+                return None
         self._forced.add(name)
-        self._pin(path, name)
+        self._snapshot = path.parents[len(Path(name).parts) - 1]
         return path
 
     def fetch(self, names: Sequence[str]) -> dict[str, Path]:
         from concurrent.futures import ThreadPoolExecutor
 
-        if len(names) < 2:
-            return super().fetch(names)
-        first = self.find(names[0])  # pins the commit before the others are asked for
         with ThreadPoolExecutor(max_workers=4) as pool:
-            found = dict(zip(names, [first, *pool.map(self.find, names[1:])], strict=True))
+            found = dict(zip(names, pool.map(self.find, names), strict=True))
         return {name: path for name, path in found.items() if path is not None}
 
     def listing(self) -> list[str]:
         if self._local:
-            snapshot = self._snapshot or self._cached_snapshot()
-            return [] if snapshot is None else sorted(entry.name for entry in snapshot.iterdir() if entry.is_file())
+            folder = self._snapshot
+            return [] if folder is None else sorted(entry.name for entry in folder.iterdir() if entry.is_file())
         from huggingface_hub import HfApi
 
-        try:
-            api = HfApi(token=self._options.token)
-            return list(api.list_repo_files(self.name, revision=self._commit or self._options.revision))
-        except Exception as error:
-            raise _explained(self, error) from error
+        with self._explained():
+            return list(HfApi(token=self._options.token).list_repo_files(self.name, revision=self.commit))
 
     def is_inside(self, path: Path) -> bool:
         # A snapshot's files are links into the same repository's blobs folder of the cache.
-        repository = self.root.parent.parent.resolve()
-        return path.resolve().is_relative_to(repository)
+        return path.resolve().is_relative_to(self.root.parent.parent.resolve())
 
     @property
     def identity(self) -> dict[str, str]:
-        return super().identity | ({"revision": self._commit} if self._commit else {})
+        return super().identity | {"revision": self.commit}
 
-    def _resolve(self) -> None:
-        """Pin the revision to its commit, once, so that every file is of the same state of the repository.
-
-        Mirrors also answer more precisely for a commit than for a branch: a file that isn't there is then told apart
-        from a repository that isn't.
-        """
-        if self._resolved or self._local:
-            return
-        self._resolved = True
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        try:
-            info = HfApi(token=self._options.token).model_info(self.name, revision=self._options.revision or "main")
-        except (HfHubHTTPError, HFValidationError) as error:
-            raise _explained(self, error) from error
-        except Exception:  # noqa: BLE001 - no network, in the words of whichever HTTP client the Hub's library uses
-            return  # what is cached can still be found, and find() says so when nothing is
-        self._commit = info.sha
-
-    def _pin(self, path: Path, name: str) -> None:
-        snapshot = path.parents[len(Path(name).parts) - 1]
-        if self._snapshot is None:
-            self._snapshot, self._commit = snapshot, snapshot.name
-
-    def _cached_snapshot(self) -> Path | None:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(
-                snapshot_download(
-                    self.name,
-                    revision=self._options.revision,
-                    cache_dir=self._cache_dir,
-                    local_files_only=True,
-                )
-            )
-        except (LocalEntryNotFoundError, ValueError):
-            return None
-
-    def _unreachable(self, error: Exception, why: str) -> SourceError:
-        return SourceError(
-            f"{self.name!r} is neither a local path nor to be had from the Hub: {why}. If it is a folder, check the "
-            f"spelling (looked at {Path(self.name).absolute()}). ({type(error).__name__})"
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the Hub says into a ``SourceError``; anything that isn't the Hub's doing passes unchanged."""
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+            RevisionResolutionError,
         )
 
-
-def _explained(source: HubSource, error: Exception) -> Exception:
-    """A ``SourceError`` for what the Hub said; anything that isn't the Hub's doing passes unchanged."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    reasons: list[tuple[type[Exception], str]] = [
-        (GatedRepoError, "access to it is restricted; ask for access on its page and pass token="),
-        (RepositoryNotFoundError, "there is no such repository, or it is private; check the spelling, or pass token="),
-        (RevisionNotFoundError, f"it has no revision {source._options.revision!r}"),
-        (HFValidationError, "it is neither an existing path nor a valid repository id (ORG/NAME)"),
-        (HfHubHTTPError, "the Hub refused the request"),
-        (OSError, "the Hub can't be reached"),
-    ]
-    for kind, reason in reasons:
-        if isinstance(error, kind):
-            return SourceError(f"{source.name!r}: {reason}. ({type(error).__name__}: {str(error).splitlines()[0]})")
-    return error
+        folder = f"If it is meant as a folder, there is none at {Path(self.name).absolute()}"
+        unreachable = (
+            "it isn't in the local cache, and this load is offline" if self._local else "no Hub can be reached"
+        )
+        reasons: list[tuple[type[Exception], str]] = [
+            (GatedRepoError, "access to it is restricted; ask for access on its page and pass token="),
+            (RepositoryNotFoundError, f"there is no such repository, or it is private (pass token=). {folder}"),
+            (RevisionNotFoundError, f"it has no revision {self._options.revision!r}"),
+            (RevisionResolutionError, f"{unreachable}. {folder}"),
+            (LocalEntryNotFoundError, f"{unreachable}. {folder}"),
+            (HFValidationError, f"it is neither an existing path nor a valid repository id (ORG/NAME). {folder}"),
+            (HfHubHTTPError, "the Hub refused the request"),
+        ]
+        try:
+            yield
+        except tuple(kind for kind, _ in reasons) as error:
+            reason = next(reason for kind, reason in reasons if isinstance(error, kind))
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise SourceError(f"{self.name!r}: {reason}. ({type(error).__name__}: {said})") from error
 
 
 def open_source(named: str | os.PathLike[str], options: LoadOptions) -> Source:

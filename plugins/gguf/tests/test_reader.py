@@ -12,10 +12,10 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
-from quantdock_gguf import reader as reader_module
-from quantdock_gguf.reader import GGUFTensorReader
 
 from quantdock import CheckpointError, UnsupportedError
+from quantdock_gguf import reader as reader_module
+from quantdock_gguf.reader import GGUFTensorReader
 
 PACKED = [
     kind

@@ -155,7 +155,7 @@ class _Cursor:
         try:
             for _ in range(count):
                 position += 8 + unpack(data, position)[0]
-        except struct.error:
+        except (struct.error, OverflowError):  # past the end, or past any end
             position = size + 1
         if position > size:
             raise self.truncated(what)

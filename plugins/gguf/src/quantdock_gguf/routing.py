@@ -46,7 +46,9 @@ class ProcessorRouting:
             elif stored.get(other := _other_half(name)) is None or stored[other].shape != spec.shape:
                 unmatched[name] = target  # half of a parameter; transformers would leave zeros in the other half
             elif expert["part"] == "gate":
-                conversions.append(_fused(name, other, target, spec))
+                conversions.append(
+                    _fused(name, other, target, spec, torch.promote_types(spec.dtype, stored[other].dtype))
+                )
         return Routing(conversions=conversions, unmatched=unmatched)
 
     @property
@@ -118,7 +120,7 @@ def _other_half(name: str) -> str:
     return name.replace("_gate_", "_up_") if "_gate_" in name else name.replace("_up_", "_gate_")
 
 
-def _fused(gate: str, up: str, target: str, spec: TensorSpec) -> Conversion:
+def _fused(gate: str, up: str, target: str, spec: TensorSpec, dtype: torch.dtype) -> Conversion:
     """``[experts, rows, columns]`` twice, joined along the rows, the gates first."""
     experts, rows, *columns = (*spec.shape, 0, 0)[: max(2, len(spec.shape))]
     shape = (experts, 2 * rows, *columns)
@@ -128,7 +130,7 @@ def _fused(gate: str, up: str, target: str, spec: TensorSpec) -> Conversion:
     )
     return Conversion(
         sources=(gate, up),
-        targets={target: TensorSpec(dtype=spec.dtype, shape=shape)},
+        targets={target: TensorSpec(dtype=dtype, shape=shape)},
         assemblies={target: Assembly(shape=shape, pieces=pieces)},
         label="concatenate",
     )

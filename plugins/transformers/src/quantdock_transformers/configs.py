@@ -21,6 +21,7 @@ def native_config(source: Source, config: ModelConfig, options: LoadOptions) -> 
         ConfigError: there is no ``model_type``, this transformers doesn't know it, its own code is needed and not
             trusted, or an argument is no attribute of the config.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import PreTrainedConfig
 
     if isinstance(config.native, PreTrainedConfig):
@@ -32,7 +33,7 @@ def native_config(source: Source, config: ModelConfig, options: LoadOptions) -> 
     data.pop("quantization_config", None)
     try:
         native, unused = config_class.from_dict(data, return_unused_kwargs=True, **arguments)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(
             f"{config.origin}: {config_class.__name__} refuses it: {type(error).__name__}: {error}"
         ) from error

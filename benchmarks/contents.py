@@ -1,0 +1,67 @@
+"""What a loaded model holds, counted the same way whoever loaded it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+
+_PAGE = 4096
+
+
+def tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor that the model holds, each piece of memory once.
+
+    Looks at parameters, buffers, attributes of modules and parameters, and one object further: bitsandbytes keeps
+    scales and code books in a ``QuantState`` beside its weights, and another one inside of that.
+    """
+    seen: set[int] = set()
+    regions: set[tuple[int, int]] = set()
+    pending: list[object] = [model]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor) and not item.is_meta:
+            region = (item.data_ptr(), item.nbytes)
+            if region not in regions:
+                regions.add(region)
+                yield item
+        pending += _held_by(item)
+
+
+def _held_by(item: object) -> list[object]:
+    if isinstance(item, Mapping):
+        return list(item.values())
+    if isinstance(item, list | tuple):
+        return list(item)
+    if isinstance(item, torch.nn.Module | torch.Tensor) or type(item).__module__.startswith("bitsandbytes."):
+        return list(vars(item).values())
+    return []
+
+
+def nbytes(model: torch.nn.Module) -> int:
+    """Bytes of all tensors that the model holds."""
+    return sum(tensor.nbytes for tensor in tensors_of(model))
+
+
+def touch(model: torch.nn.Module) -> None:
+    """Read a byte of every page: a weight that is only mapped so far becomes resident."""
+    for tensor in tensors_of(model):
+        if tensor.device.type == "cpu" and tensor.numel():
+            _bytes(tensor)[::_PAGE].max()
+
+
+def checksums(model: torch.nn.Module) -> dict[str, str]:
+    """Name -> dtype, shape and checksum of everything in the state dict."""
+    return {
+        name: f"{tensor.dtype}{list(tensor.shape)}:{zlib.crc32(memoryview(_bytes(tensor).numpy())):08x}"
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

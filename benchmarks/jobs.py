@@ -1,0 +1,66 @@
+"""What a worker process is asked to do, and what it answers; both travel as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One load by one contender."""
+
+    contender: str
+    case: str
+    folder: str
+    warm_up: str
+    """A tiny checkpoint that is loaded first, so that nothing is imported any more when the load is measured."""
+    memory_budget: str | None = None
+    """For quantdock; ``None`` for its default."""
+    workers: int | None = None
+    """For quantdock; ``None`` for its default."""
+    sample: bool = False
+    """Tell anonymous memory from mapped files; costs the load a little time."""
+    checksums: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the worker measured; memory in bytes, time in seconds."""
+
+    start_seconds: float
+    """From a bare interpreter until the tiny checkpoint is loaded: every import that a load needs, early or late."""
+    load_seconds: float
+    touch_seconds: float
+    """Reading a byte of every page of the model afterwards."""
+    level: int
+    """Resident before the load."""
+    peak: int
+    """Highest resident during the load."""
+    peak_touched: int
+    """Highest resident until every page of the model had been read."""
+    peak_anonymous: int | None
+    peak_file: int | None
+    """Of what was sampled, over the level before the load, touching included; not necessarily at the same moment."""
+    model_nbytes: int
+    """Bytes of the model's tensors."""
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """quantdock's own account of the load."""
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 0
+
+    @property
+    def ready_seconds(self) -> float:
+        """Until the weights are in memory, whether the loader or the first use of a mapped weight brings them in."""
+        return self.load_seconds + self.touch_seconds
+
+    @property
+    def growth(self) -> int:
+        """Peak over the level before the load, every page of the model in memory."""
+        return self.peak_touched - self.level
+
+    @property
+    def overhead(self) -> int:
+        """Peak beyond what the model itself takes."""
+        return self.growth - self.model_nbytes

@@ -1,0 +1,250 @@
+"""4-bit quantization as pure tensor functions, with the bits that bitsandbytes itself gives.
+
+On CPU, bitsandbytes finds each code by a binary search per element. Here a lookup table finds it: cell ``i`` of the
+table holds the code of everything that falls between two points of a fine grid, and only the few cells that a decision
+bound runs through need the search. The map from values to cells never decreases, so a value in any other cell is on
+the same side of every bound as its whole cell is: the codes are equal, not close.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+NESTED_BLOCKSIZE = 256
+"""Block size of the scales' own quantization; bitsandbytes' kernels know no other."""
+
+CHUNK = 28672
+"""Elements worked on at a time: a multiple of every block size, whose temporaries stay in the cache, and few enough
+(up to 32768) that torch runs each step in the calling thread, which may be one of many."""
+
+_CELLS = 16384
+_AMBIGUOUS = -128
+_AMBIGUOUS_IN_EIGHT = -0x7F7F7F7F7F7F7F80  # the sign bits of eight codes at once
+_FLUSH = 2048
+
+WORKING_BYTES = 48 * CHUNK + 64 * _FLUSH
+"""Upper bound of the temporaries of ``quantize`` on CPU, scales apart."""
+
+
+def quantize(
+    tensor: Tensor, *, quant_type: str, blocksize: int, nested: bool, quant_storage: torch.dtype
+) -> tuple[Tensor, QuantState]:
+    """Quantize as ``bitsandbytes.functional.quantize_4bit`` does, bit for bit.
+
+    Args:
+        tensor: contiguous, of 16- or 32-bit floats, any shape; not changed.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        blocksize: elements that share a scale.
+        nested: quantize the scales too ("double quantization").
+        quant_storage: dtype that the packed codes are viewed as.
+
+    Returns:
+        The packed codes, ``[ceil(elements / 2) / itemsize, 1]``, and the state that undoes the quantization.
+    """
+    if tensor.device.type != "cpu":
+        return bnb.functional.quantize_4bit(  # type: ignore[no-any-return]
+            tensor,
+            blocksize=blocksize,
+            compress_statistics=nested,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+        )
+    flat = tensor.reshape(-1)
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
+    table = code_table(quant_type)
+    if table is None:
+        _by_bitsandbytes(flat, blocksize, quant_type, packed, absmax)
+    else:
+        _by_table(flat, blocksize, quant_type, table, packed, absmax)
+    state = QuantState(
+        absmax=absmax,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        blocksize=blocksize,
+        code=bnb.functional.get_4bit_type(quant_type, device="cpu"),
+        quant_type=quant_type,
+    )
+    if nested:
+        _nest(state)
+    return packed.view(quant_storage).unsqueeze(1), state
+
+
+def _nest(state: QuantState) -> None:
+    """Quantize the scales of ``state``, step by step as bitsandbytes does it."""
+    # On the whole vector at once: how torch adds up a mean depends on its length and on the threads.
+    state.offset = state.absmax.mean()
+    state.absmax, state.state2 = bnb.functional.quantize_blockwise(
+        state.absmax - state.offset, blocksize=NESTED_BLOCKSIZE
+    )
+    state.nested = True
+
+
+def to_components(leaf: str, data: Tensor, state: QuantState) -> dict[str, Tensor]:
+    """The stored tensors of one parameter, in the order that bitsandbytes' state dict has them."""
+    parts: Mapping[str, Tensor] = state.as_dict(packed=True)
+    return {leaf: data} | {f"{leaf}.{name}": part for name, part in parts.items()}
+
+
+def dequantize(data: Tensor, state: QuantState) -> Tensor:
+    """What ``bitsandbytes.functional.dequantize_4bit`` gives: ``state.shape`` in ``state.dtype``."""
+    return bnb.functional.dequantize_4bit(data, state)  # type: ignore[no-any-return]
+
+
+# The quantization on CPU ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """How normalised values become codes."""
+
+    cells: Tensor
+    """``int8 [_CELLS + 1]``: the code of each cell, or ``_AMBIGUOUS`` where a bound runs through it."""
+    bounds: Tensor
+    """``float32 [15]``: a value above ``i`` of them has rank ``i``."""
+    codes: Tensor
+    """``int8 [16]``: rank to code."""
+
+
+def _by_bitsandbytes(flat: Tensor, blocksize: int, quant_type: str, packed: Tensor, absmax: Tensor) -> None:
+    """Run bitsandbytes' own operator piece by piece; blocks don't depend on each other."""
+    piece = max(blocksize, CHUNK // 8 // blocksize * blocksize)
+    for start in range(0, flat.numel(), piece):
+        part = flat[start : start + piece]
+        codes, scales = torch.ops.bitsandbytes.quantize_4bit(part, blocksize, quant_type, torch.uint8)
+        packed[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
+        absmax[start // blocksize : start // blocksize + scales.numel()] = scales
+
+
+def _by_table(
+    flat: Tensor, blocksize: int, quant_type: str, table: CodeTable, packed: Tensor, absmax: Tensor
+) -> None:
+    whole = flat.numel() // blocksize * blocksize
+    scratch = _Scratch(min(CHUNK, whole), blocksize)
+    pending: list[Tensor] = []
+    for start in range(0, whole, CHUNK):
+        end = min(start + CHUNK, whole)
+        if end - start < scratch.size:
+            scratch = _Scratch(end - start, blocksize)
+        part, out = flat[start:end], packed[start // 2 : end // 2]
+        scales = absmax[start // blocksize : end // blocksize]
+        unsure = scratch.codes_of(part, table, scales)
+        if unsure is None:
+            _by_bitsandbytes(part, blocksize, quant_type, out, scales)
+            continue
+        out.copy_(scratch.packed())
+        pending.append(unsure.add_(start // 8))
+        if sum(map(len, pending)) > _FLUSH:
+            _resolve(pending, flat, absmax, blocksize, table, packed)
+            pending = []
+    _resolve(pending, flat, absmax, blocksize, table, packed)
+    if whole < flat.numel():  # bitsandbytes divides by the scale here instead of multiplying with its reciprocal
+        _by_bitsandbytes(flat[whole:], blocksize, quant_type, packed[whole // 2 :], absmax[whole // blocksize :])
+
+
+class _Scratch:
+    """Room for one chunk and its views, made once: with chunks this small, every call counts."""
+
+    def __init__(self, size: int, blocksize: int) -> None:
+        self.size = size
+        self._values, self._positions = torch.empty(2, size)
+        self._cells = torch.empty(size, dtype=torch.int32)
+        self._codes = torch.empty(size, dtype=torch.int8)
+        self._blocks = self._values.view(-1, blocksize)
+        self._absolute = self._positions.view(-1, blocksize)
+        self._factors = torch.empty(size // blocksize, 1)
+        self._half = torch.tensor(_CELLS / 2)
+        self._eights = self._codes.view(torch.int64)
+        self._marks = torch.empty_like(self._eights)
+        self._signs = torch.tensor(_AMBIGUOUS_IN_EIGHT)
+        self._pairs = self._codes.view(torch.int16)
+        self._high_bytes = self._codes.view(torch.uint8)[1::2]
+
+    def codes_of(self, part: Tensor, table: CodeTable, scales: Tensor) -> Tensor | None:
+        """Find scales and codes of a chunk.
+
+        Returns:
+            The positions, in eights, of codes that are yet to be searched; ``None`` when a scale isn't finite.
+        """
+        self._values.copy_(part)
+        torch.abs(self._values, out=self._positions)
+        torch.amax(self._absolute, -1, out=scales)
+        if not math.isfinite(scales.amax().item()):
+            return None
+        torch.clamp(scales.unsqueeze(1), min=1e-38, out=self._factors).reciprocal_()
+        self._blocks.mul_(self._factors)
+        # A power of two as the factor keeps this to one rounding, so it never decreases.
+        torch.add(self._half, self._values, alpha=_CELLS / 2, out=self._positions)
+        self._cells.copy_(self._positions)
+        torch.index_select(table.cells, 0, self._cells, out=self._codes)
+        return torch.bitwise_and(self._eights, self._signs, out=self._marks).nonzero().view(-1)
+
+    def packed(self) -> Tensor:
+        """Two codes to a byte, the first one in the high half; a view that spoils the codes."""
+        # A pair read as one little-endian number is first + 256 * second; times 4097, its high byte is 16 * first + second.
+        self._pairs.mul_(4097)
+        return self._high_bytes
+
+
+def _resolve(
+    pending: list[Tensor], flat: Tensor, absmax: Tensor, blocksize: int, table: CodeTable, packed: Tensor
+) -> None:
+    """Search the codes of the elements that the table couldn't tell, eight neighbours (four bytes) at a time."""
+    whole = flat.numel() // 8 * 8
+    for eights in torch.cat(pending).split(_FLUSH) if pending else ():
+        scales = absmax[eights.mul(8).div_(blocksize, rounding_mode="floor")]
+        factors = scales.clamp_(min=1e-38).reciprocal_().unsqueeze(1)
+        values = flat[:whole].view(-1, 8)[eights].float().mul_(factors)
+        ranks = torch.bucketize(values, table.bounds, out_int32=True)
+        codes = table.codes.index_select(0, ranks.view(-1)).view(torch.uint8)
+        packed[: whole // 2].view(-1, 4)[eights] = (codes[::2] << 4 | codes[1::2]).view(-1, 4)
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def code_table(quant_type: str) -> CodeTable | None:
+    """The table of a code, or ``None`` if the installed bitsandbytes disagrees with it.
+
+    It is asked once per process, at every bound and right beside it, and then trusted.
+    """
+    levels = bnb.functional.get_4bit_type(quant_type, device="cpu").sort().values
+    bounds = (levels[:-1] + levels[1:]) / 2
+    edges = torch.cat([torch.tensor([-1.0]), bounds, torch.tensor([1.0])])
+    codes = _ask((edges[:-1] + edges[1:]) / 2, quant_type)
+    crossed = (bounds * (_CELLS / 2) + _CELLS / 2).to(torch.int32)
+    ranks = torch.bucketize(torch.arange(_CELLS + 1, dtype=torch.int32), crossed, out_int32=True)
+    cells = codes.index_select(0, ranks)
+    cells[crossed.long()] = _AMBIGUOUS
+    table = CodeTable(cells=cells, bounds=bounds, codes=codes)
+    return table if _agrees(table, quant_type) else None
+
+
+def _ask(values: Tensor, quant_type: str) -> Tensor:
+    """The codes that bitsandbytes gives to up to 31 values from [-1, 1]."""
+    block = torch.zeros(32)
+    block[: len(values)] = values
+    block[-1] = 1.0
+    packed, _ = torch.ops.bitsandbytes.quantize_4bit(block, 32, quant_type, torch.uint8)
+    return torch.stack([packed >> 4, packed & 15], -1).view(-1)[: len(values)].to(torch.int8)
+
+
+def _agrees(table: CodeTable, quant_type: str) -> bool:
+    one = torch.ones(1)
+    near = [table.bounds, table.bounds.nextafter(one), table.bounds.nextafter(-one), one.expand(19)]
+    random = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    sample = torch.cat([*near, random * 0.02, random.to(torch.bfloat16).float(), torch.zeros(64), random[:7]])
+    packed = torch.empty((sample.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-sample.numel() // 64))
+    _by_table(sample, 64, quant_type, table, packed, absmax)
+    expected, scales = torch.ops.bitsandbytes.quantize_4bit(sample, 64, quant_type, torch.uint8)
+    return torch.equal(packed, expected.view(-1)) and torch.equal(absmax, scales)

@@ -1,0 +1,76 @@
+"""8-bit quantization (LLM.int8) as pure tensor functions, with the bits that bitsandbytes itself gives."""
+
+from __future__ import annotations
+
+import functools
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+
+CHUNK = 28672
+"""Elements worked on at a time, if a row isn't longer: the temporaries stay in the cache, and torch runs each step in
+the calling thread, which may be one of many."""
+
+
+def working_bytes(columns: int) -> int:
+    """Upper bound of the temporaries of ``quantize`` on CPU."""
+    return 64 * max(CHUNK, columns)
+
+
+def quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize as bitsandbytes' ``Int8Params`` does, bit for bit: cast to float16, then one scale per row.
+
+    Args:
+        matrix: ``[rows, columns]`` of floats, with any strides; not changed. What float16 can't hold becomes infinite,
+            and its row zero, as in bitsandbytes.
+
+    Returns:
+        ``int8 [rows, columns]``, and the largest magnitude of each row, ``float32 [rows]``.
+    """
+    if matrix.device.type != "cpu":
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(matrix.contiguous().to(torch.float16))
+        return codes, scales
+    codes = torch.empty(matrix.shape, dtype=torch.int8)
+    scales = torch.empty(matrix.shape[0], dtype=torch.float32)
+    (_by_rows if _agrees() else _by_bitsandbytes)(matrix, codes, scales)
+    return codes, scales
+
+
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """What ``bitsandbytes.functional.int8_vectorwise_dequant`` gives: ``float32 [rows, columns]``."""
+    return bnb.functional.int8_vectorwise_dequant(codes, scales)  # type: ignore[no-any-return]
+
+
+def _by_bitsandbytes(matrix: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Run bitsandbytes' own operator row by row; rows don't depend on each other."""
+    rows = max(1, CHUNK // 2 // matrix.shape[1])
+    for start in range(0, matrix.shape[0], rows):
+        part = matrix[start : start + rows].to(torch.float16, memory_format=torch.contiguous_format)
+        codes[start : start + rows], scales[start : start + rows], _ = bnb.functional.int8_vectorwise_quant(part)
+
+
+def _by_rows(matrix: Tensor, codes: Tensor, scales: Tensor) -> None:
+    count, columns = matrix.shape
+    rows = min(count, max(1, CHUNK // columns))
+    half = torch.empty(rows, columns, dtype=torch.float16)
+    values, magnitudes = torch.empty(2, rows, columns)
+    for start in range(0, count, rows):
+        size = min(rows, count - start)
+        x, scale = values[:size], scales[start : start + size]
+        x.copy_(half[:size].copy_(matrix[start : start + size]))
+        torch.amax(torch.abs(x, out=magnitudes[:size]), 1, out=scale)
+        x.mul_((127.0 / scale).unsqueeze(1)).round_()
+        codes[start : start + size].copy_(x)
+
+
+@functools.cache
+def _agrees() -> bool:
+    """Whether the installed bitsandbytes gives the bits of ``_by_rows``; asked once per process."""
+    sample = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    sample[:3] = torch.tensor([0.0, 1e-7, 6e4]).unsqueeze(1)
+    codes = torch.empty(sample.shape, dtype=torch.int8)
+    scales = torch.empty(len(sample))
+    _by_rows(sample, codes, scales)
+    expected, expected_scales, _ = bnb.functional.int8_vectorwise_quant(sample.to(torch.float16))
+    return torch.equal(codes, expected) and torch.equal(scales, expected_scales)

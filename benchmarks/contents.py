@@ -57,7 +57,7 @@ def touch(model: torch.nn.Module) -> None:
 def checksums(model: torch.nn.Module) -> dict[str, str]:
     """Name -> dtype, shape and checksum of everything in the state dict."""
     return {
-        name: f"{tensor.dtype}{list(tensor.shape)}:{zlib.crc32(memoryview(_bytes(tensor).numpy())):08x}"
+        name: f"{tensor.dtype}{list(tensor.shape)}:{zlib.crc32(_bytes(tensor).numpy().data):08x}"
         for name, tensor in model.state_dict().items()
         if isinstance(tensor, torch.Tensor)
     }

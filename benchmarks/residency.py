@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,7 @@ class Level:
 def level() -> Level:
     """What is resident now."""
     fields = _STATM.read_text().split()
-    page = _page_size()
-    resident, shared = int(fields[1]) * page, int(fields[2]) * page
+    resident, shared = int(fields[1]) * mmap.PAGESIZE, int(fields[2]) * mmap.PAGESIZE
     return Level(anonymous=resident - shared, file=shared)
 
 
@@ -50,7 +50,6 @@ class Sampler:
     def __init__(self) -> None:
         self.peak_anonymous = 0
         self.peak_file = 0
-        self.samples = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="sampler", daemon=True)
 
@@ -63,18 +62,13 @@ class Sampler:
     ) -> None:
         self._over.set()
         self._thread.join()
+        self._look()
 
     def _watch(self) -> None:
-        while True:
-            now = level()
-            self.peak_anonymous = max(self.peak_anonymous, now.anonymous)
-            self.peak_file = max(self.peak_file, now.file)
-            self.samples += 1
-            if self._over.wait(_INTERVAL):
-                return
+        while not self._over.wait(_INTERVAL):
+            self._look()
 
-
-def _page_size() -> int:
-    import resource
-
-    return resource.getpagesize()
+    def _look(self) -> None:
+        now = level()
+        self.peak_anonymous = max(self.peak_anonymous, now.anonymous)
+        self.peak_file = max(self.peak_file, now.file)

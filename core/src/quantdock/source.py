@@ -118,10 +118,10 @@ class HubSource(Source):
         # A mirror may know branches, but not which one is the default.
         revision = self._options.revision or "main"
         with self._explained():
-            return str(
-                HfApi(token=self._options.token).resolve_revision(
-                    self.name, revision=revision, cache_dir=self._cache_dir, local_files_only=self._local
-                )
+            return (
+                HfApi(token=self._options.token)
+                .resolve_revision(self.name, revision=revision, cache_dir=self._cache_dir, local_files_only=self._local)
+                .resolved
             )
 
     @property

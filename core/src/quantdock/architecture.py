@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -15,6 +15,7 @@ from quantdock.tensors import Role, TensorSpec
 
 if TYPE_CHECKING:
     from quantdock.quantizer import Quantizer
+    from quantdock.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,30 @@ class LoadOutcome:
     """The quantizers of this load, in the order of their rules."""
     quantization_config: Mapping[str, Any] | None
     """What will be saved as the model's ``quantization_config``; ``None`` when nothing is quantized."""
+
+
+class Chatter(Protocol):
+    """A loaded model with its tokenizer: text in, text out. The command line talks to models through it."""
+
+    def stream(
+        self, messages: Sequence[Mapping[str, str]], *, max_new_tokens: int, temperature: float
+    ) -> Generator[str, None, None]:
+        """Answer a conversation, by the model's own chat template.
+
+        Gives the text of each generated token as it comes; an empty one when its characters aren't complete yet, or
+        aren't for people. Closing it ends the generation.
+
+        Args:
+            messages: ``{"role": "system" | "user" | "assistant", "content": text}``, oldest first.
+            max_new_tokens: of the answer, at most.
+            temperature: 0 takes the likeliest token each time.
+
+        Raises:
+            UnsupportedError: the model has no chat template, or it can't express these messages.
+        """
+
+    def complete(self, prompt: str, *, max_new_tokens: int) -> str:
+        """What the model writes after ``prompt``, the likeliest token each time; the prompt isn't repeated."""
 
 
 class Architecture:
@@ -117,6 +142,17 @@ class Architecture:
 
     def forget_quantization(self) -> None:
         """The model was dequantized; remove what marks it as quantized."""
+
+    def chatter(self, source: Source) -> Chatter | None:
+        """The loaded model as something to talk to; ``None`` when it doesn't generate text or has no tokenizer.
+
+        Args:
+            source: where the weights came from, and the files of a tokenizer may be.
+
+        Raises:
+            UnsupportedError: there is a tokenizer, but it can't be used.
+        """
+        return None
 
     def write_config(self, folder: Path, quantization: Mapping[str, Any] | None) -> None:
         """Write the config files of a saved model into ``folder``, ``quantization_config`` included if there is one."""

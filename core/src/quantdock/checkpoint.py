@@ -28,9 +28,9 @@ class Checkpoint:
 
     @property
     def float_dtype(self) -> torch.dtype | None:
-        """Dtype of the first floating tensor of the first file, which is how ``dtype="auto"`` reads a checkpoint."""
+        """Dtype of the first floating tensor of 16 bits or more, which is how ``dtype="auto"`` reads a checkpoint."""
         for tensor in self.tensors.values():
-            if tensor.spec.dtype.is_floating_point:
+            if tensor.spec.dtype.is_floating_point and tensor.spec.dtype.itemsize >= 2:
                 return tensor.spec.dtype
         return None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class CoreDefaults:
         """The user's ``model=`` factory, on the meta device."""
         if options.model is None:
             return None
-        with torch.device("meta"):
+        with torch.device("meta"), _default_dtype(options.settled_dtype):
             model = _call_factory(options.model, config)
         buffers = _own_buffers(model)
         if buffers:
@@ -62,7 +63,7 @@ class CoreDefaults:
             # parameters are on meta and whose buffers are real.
             from accelerate import init_empty_weights
 
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), _default_dtype(options.settled_dtype):
                 twin = _call_factory(options.model, config)
             buffers = _own_buffers(twin)
         return Skeleton(model=model, architecture=PlainArchitecture(model, config, buffers), built_by="model=")
@@ -73,13 +74,27 @@ class CoreDefaults:
         model.eval()
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules that don't choose a dtype get the load's."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _call_factory(factory: Callable[..., torch.nn.Module], config: ModelConfig) -> torch.nn.Module:
     import inspect
 
-    takes_config = any(
-        parameter.default is inspect.Parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    positional = [
+        parameter
         for parameter in inspect.signature(factory).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    takes_config = bool(positional) and (
+        positional[0].default is inspect.Parameter.empty or positional[0].name == "config"
     )
     model = factory(dict(config.data)) if takes_config else factory()
     if not isinstance(model, torch.nn.Module):

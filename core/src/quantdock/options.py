@@ -71,8 +71,9 @@ class LoadOptions:
             object.__setattr__(self, name, tuple(value))
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers={self.workers}: expected at least 1")
-        if isinstance(self.dtype, str) and self.dtype != "auto":
-            object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        if self.dtype != "auto":
+            settled = parse_dtype(self.dtype) if isinstance(self.dtype, str) else check_dtype(self.dtype)
+            object.__setattr__(self, "dtype", settled)
         parse_bytes(self.memory_budget, option="memory_budget")
 
     @property
@@ -99,8 +100,19 @@ def parse_dtype(name: str, *, option: str = "dtype") -> torch.dtype:
         ConfigError: there is no such floating dtype.
     """
     dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"{option}={name!r}: expected 'auto' or a floating torch dtype such as 'bfloat16'")
+    return check_dtype(dtype, option=option)
+
+
+def check_dtype(dtype: torch.dtype, *, option: str = "dtype") -> torch.dtype:
+    """``dtype``, if a model can be in it.
+
+    Raises:
+        ConfigError: it isn't a floating dtype of 16 bits or more.
+    """
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ConfigError(f"{option}={dtype}: a model is loaded in a floating dtype of 16 bits or more; see quantize=")
     return dtype
 
 

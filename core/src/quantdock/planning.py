@@ -209,18 +209,21 @@ class Plan:
     def _dispatch(self, engine: Engine) -> None:
         if self.placement.single is not None:
             return
-        from accelerate import dispatch_model
+        from accelerate import disk_offload, dispatch_model
+        from accelerate.utils import save_offload_index
 
+        model, options = self.skeleton.model, self.skeleton.architecture.dispatch_options()
         if engine.offload_dir is not None:
-            from accelerate.utils import save_offload_index
-
             save_offload_index(engine.offload_index, engine.offload_dir)
+            if set(map(str, self.placement.device_map.values())) == {DISK}:
+                disk_offload(model, engine.offload_dir, execution_device=torch.device("cpu"))
+                return
         dispatch_model(
-            self.skeleton.model,
+            model,
             device_map={name: _accelerate_device(device) for name, device in self.placement.device_map.items()},
             offload_dir=engine.offload_dir,
             offload_index=engine.offload_index or None,
-            **self.skeleton.architecture.dispatch_options(),
+            **options,
         )
 
     def _check_complete(self) -> None:

@@ -148,7 +148,7 @@ def _held(item: object) -> list[object]:
     if isinstance(item, torch.nn.Module):
         state = {key: value for key, value in vars(item).items() if key != _ATTRIBUTE}
         return list(state.values())
-    if isinstance(item, Mapping):
+    if isinstance(item, dict):  # not any mapping: accelerate's read a file for every value
         return list(item.values())
     if isinstance(item, list | tuple):
         return list(item)

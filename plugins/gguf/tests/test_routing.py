@@ -42,6 +42,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon": {},
     "gemma2": {"attention.key_length": 16, "attention.sliding_window": 32},
     "gemma3": {"attention.key_length": 16, "attention.sliding_window": 32},
+    "gemma4": {"attention.key_length": 16, "attention.sliding_window": 32},
     "gpt2": {},
     "llama": {},
     "mamba": {"ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": 4, "ssm.inner_size": 128},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -204,9 +204,9 @@ def _preset(text: str) -> Any:
 
 def device_map_of(value: str | None) -> Any:
     """``device_map=`` for ``load``: a word, the number of a device, or an object."""
-    if value is None or not value.startswith("{"):
-        return _device(value) if value is not None else None
-    return _json("--device-map", value)
+    if value is None:
+        return None
+    return _json("--device-map", value) if value.startswith("{") else _device(value)
 
 
 def max_memory_of(values: Sequence[str]) -> dict[int | str, str] | None:
@@ -248,11 +248,8 @@ def _pair(option: str, value: str, form: str) -> tuple[str, str]:
 
 def _json(option: str, text: str) -> Any:
     try:
-        parsed = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise typer.BadParameter(
             f"{text!r} isn't JSON ({error}); a string needs quotes: '\"text\"'", param_hint=option
         ) from error
-    if text.startswith("{") and not isinstance(parsed, Mapping):
-        raise AssertionError("JSON that starts with a brace is an object")
-    return parsed

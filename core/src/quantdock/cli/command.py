@@ -29,7 +29,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     stdout if the command was asked for JSON.
     """
     hints = get_type_hints(function, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
 
     @functools.wraps(function)
     def run(*, debug: bool, **values: Any) -> None:

@@ -30,8 +30,8 @@ _AMBIGUOUS = -128
 _AMBIGUOUS_IN_EIGHT = -0x7F7F7F7F7F7F7F80  # the sign bits of eight codes at once
 _FLUSH = 2048
 
-WORKING_BYTES = 48 * CHUNK + 64 * _FLUSH
-"""Upper bound of the temporaries of ``quantize`` on CPU, scales apart."""
+WORKING_BYTES = 32 * CHUNK + 256 * _FLUSH
+"""Upper bound of the temporaries of ``quantize``, those for nested scales apart."""
 
 
 def quantize(

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 CHUNK = 28672
-"""Elements worked on at a time, if a row isn't longer: the temporaries stay in the cache, and torch runs each step in
-the calling thread, which may be one of many."""
+"""Elements worked on at a time on CPU, if a row isn't longer: the temporaries stay in the cache, and torch runs each
+step in the calling thread, which may be one of many."""
+
+_DEVICE_CHUNK = 2 << 20
+"""The same where memory is what has to be bounded, and a launch must not be too small."""
 
 
 def working_bytes(columns: int) -> int:
-    """Upper bound of the temporaries of ``quantize`` on CPU."""
-    return 64 * max(CHUNK, columns)
+    """Upper bound of the temporaries of ``quantize``, on any device."""
+    return 4 * max(_DEVICE_CHUNK, 12 * columns)
 
 
 def quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,12 +31,14 @@ def quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``int8 [rows, columns]``, and the largest magnitude of each row, ``float32 [rows]``.
     """
+    codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
+    scales = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)
     if matrix.device.type != "cpu":
-        codes, scales, _ = bnb.functional.int8_vectorwise_quant(matrix.contiguous().to(torch.float16))
-        return codes, scales
-    codes = torch.empty(matrix.shape, dtype=torch.int8)
-    scales = torch.empty(matrix.shape[0], dtype=torch.float32)
-    (_by_rows if _agrees() else _by_bitsandbytes)(matrix, codes, scales)
+        _by_bitsandbytes(matrix, codes, scales, _DEVICE_CHUNK)
+    elif _agrees():
+        _by_rows(matrix, codes, scales)
+    else:
+        _by_bitsandbytes(matrix, codes, scales, CHUNK)
     return codes, scales
 
 
@@ -42,9 +47,9 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     return bnb.functional.int8_vectorwise_dequant(codes, scales)  # type: ignore[no-any-return]
 
 
-def _by_bitsandbytes(matrix: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """Run bitsandbytes' own operator row by row; rows don't depend on each other."""
-    rows = max(1, CHUNK // 2 // matrix.shape[1])
+def _by_bitsandbytes(matrix: Tensor, codes: Tensor, scales: Tensor, chunk: int) -> None:
+    """Run bitsandbytes' own operator on a few rows at a time; rows don't depend on each other."""
+    rows = max(1, chunk // matrix.shape[1])
     for start in range(0, matrix.shape[0], rows):
         part = matrix[start : start + rows].to(torch.float16, memory_format=torch.contiguous_format)
         codes[start : start + rows], scales[start : start + rows], _ = bnb.functional.int8_vectorwise_quant(part)

@@ -77,8 +77,8 @@ def derived_config(headers: Sequence[Header]) -> dict[str, Any]:
             config = _legacy_config(header, names)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(
-            f"{header.file}: its metadata is too incomplete or inconsistent for a {header.architecture!r} config "
-            f"({type(error).__name__}: {error})"
+            f"{header.file}: transformers can't make a config of its {header.architecture!r} metadata, which may be "
+            f"incomplete ({type(error).__name__}: {error}). Pass config= to do without it."
         ) from error
     return config
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantdock import Architecture, LoadOutcome, Routing, TensorSpec
+from quantdock import Architecture, LoadOutcome, Routing, Source, TensorSpec
 from quantdock_transformers.conversions import route
 from quantdock_transformers.recognition import forget, mark
 
@@ -136,6 +136,11 @@ class TransformersArchitecture(Architecture):
 
     def forget_quantization(self) -> None:
         forget(self._model)
+
+    def chatter(self, source: Source) -> Any:
+        from quantdock_transformers.chatting import open_chat
+
+        return open_chat(self._model, source)
 
     def write_config(self, folder: Path, quantization: Mapping[str, Any] | None) -> None:
         model = self._model

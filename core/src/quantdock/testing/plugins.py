@@ -1,0 +1,80 @@
+"""Plugins for a test: real metadata and real modules in a folder, offered to this process or to a new one."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def installed_plugin(
+    folder: Path,
+    *,
+    dist: str,
+    version: str = "1.0",
+    entry_points: Mapping[str, Mapping[str, str]],
+    modules: Mapping[str, str],
+) -> Iterator[Path]:
+    """A distribution that is found like any installed one while the block runs.
+
+    Args:
+        folder: where a folder of the distribution's own is made; two calls may share it.
+        dist: the distribution's name.
+        version: its version.
+        entry_points: group -> name -> ``module:attribute``.
+        modules: module name (``package.module`` for a part of a package) -> its source.
+
+    Yields:
+        What was put in front of ``sys.path``. Afterwards it is gone from there, and the modules from ``sys.modules``.
+    """
+    site = folder / f"{dist}-{version}.site"
+    _write_metadata(site, dist, version, entry_points)
+    for name, source in modules.items():
+        _write_module(site, name, source)
+    sys.path.insert(0, str(site))
+    importlib.invalidate_caches()
+    try:
+        yield site
+    finally:
+        sys.path.remove(str(site))
+        tops = {name.partition(".")[0] for name in modules}
+        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+
+def _write_metadata(site: Path, dist: str, version: str, entry_points: Mapping[str, Mapping[str, str]]) -> None:
+    info = site / f"{dist.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: {version}\n", encoding="utf-8")
+    lines: list[str] = []
+    for group, offers in entry_points.items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in offers.items()), ""]
+    (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _write_module(site: Path, name: str, source: str) -> None:
+    *packages, leaf = name.split(".")
+    parent = site
+    for package in packages:
+        parent /= package
+        parent.mkdir(exist_ok=True)
+        (parent / "__init__.py").touch()
+    (parent / f"{leaf}.py").write_text(source, encoding="utf-8")
+
+
+def in_new_process(*arguments: str) -> str:
+    """What a new Python prints, given these arguments and this process' import path.
+
+    Raises:
+        AssertionError: it failed; with what it wrote to stderr.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"python {' '.join(arguments)} failed:\n{done.stderr}"
+    return done.stdout

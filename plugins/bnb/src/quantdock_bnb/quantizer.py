@@ -1,0 +1,175 @@
+"""bitsandbytes as a quantizer of quantdock: which parameters it takes, and where they live in a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from quantdock import (
+    Capabilities,
+    Layout,
+    Parameter,
+    QuantizationConfig,
+    Quantizer,
+    TensorSpec,
+    UnsupportedError,
+    hookimpl,
+)
+from quantdock_bnb.config import BitsAndBytesConfig
+from quantdock_bnb.formats import EightBit, Format, FourBit
+
+_LINEAR = ("linear", "linear-transposed")
+
+
+class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
+    """Weights of linear layers in 4 bits (nf4, fp4) or 8 bits (LLM.int8)."""
+
+    config_class: ClassVar[type[QuantizationConfig]] = BitsAndBytesConfig
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        quantize=True, load=True, dequantize=True, save=True, train=True, compile=False
+    )
+
+    def __init__(self, config: BitsAndBytesConfig, *, prequantized: bool = False) -> None:
+        super().__init__(config, prequantized=prequantized)
+        self._format: Format = FourBit(config) if config.load_in_4bit else EightBit(config)
+        self._skipped = [_SkipPattern(item) for item in config.llm_int8_skip_modules or ()]
+
+    # What the core asks -------------------------------------------------------------------------------------------
+
+    def refusal(self, parameter: Parameter) -> str | None:
+        rank = len(parameter.spec.shape)
+        if parameter.role == "embedding":
+            return "embedding: bitsandbytes quantizes the weights of linear layers only"
+        if parameter.role not in _LINEAR or rank != 2:
+            what = f"{rank}-D parameter" if rank != 2 else f"in {parameter.module_type.__name__}"
+            return f"{what}: bitsandbytes quantizes the weights of linear layers only"
+        if not parameter.module:
+            return "the model is a linear layer itself: bitsandbytes swaps layers inside of a model"
+        if not parameter.spec.numel:
+            return "it has no elements"
+        if not self.prequantized:  # what is stored quantized is loaded quantized, whatever the list says
+            found = next((item.text for item in self._skipped if item.matches(parameter.module)), None)
+            if found is not None:
+                return f"llm_int8_skip_modules={found!r}"
+        return None
+
+    def layout(self, parameter: Parameter) -> Layout:
+        return self._format.layout(parameter)
+
+    def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
+        return self._format.stored_layout(parameter, found)
+
+    def companions(self) -> Mapping[str, str]:
+        return dict.fromkeys(self._format.companions(), "weight")
+
+    def saved_config(self, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+        """The config, with the linear layers that were left alone listed: transformers would look for quantized
+        tensors in all that aren't."""
+        if self.prequantized:
+            return self.config.to_dict()
+        left = sorted(
+            parameter.module
+            for name, parameter in parameters.items()
+            if parameter.role in _LINEAR and name not in self.parameters
+        )
+        taken = [parameter.module for parameter in self.parameters.values()]
+        listed = list(self.config.llm_int8_skip_modules or ())
+        for module in left:
+            if not any(item.matches(module) for item in map(_SkipPattern, listed)):
+                pattern = _SkipPattern(module)
+                # A plain name also stands for every name that ends in it; anchored, it stands for itself.
+                unclear = any(pattern.matches(other) for other in taken)
+                listed.append(f"^{re.escape(module)}$" if unclear else module)
+        skip = tuple(listed) if listed else None
+        return dataclasses.replace(self.config, llm_int8_skip_modules=skip).to_dict()
+
+    def check_device(self, device: torch.device) -> None:
+        supported = bnb.supported_torch_devices
+        if device.type not in supported:
+            raise UnsupportedError(
+                f"bitsandbytes {bnb.__version__} doesn't run on {device.type!r}, only on {', '.join(sorted(supported))}; "
+                "pass another device_map="
+            )
+        if device.type == "cuda" and not bnb.cextension.lib.compiled_with_cuda:
+            raise UnsupportedError(
+                f"bitsandbytes {bnb.__version__} has no library for this CUDA or ROCm version (torch {torch.__version__}); "
+                "`python -m bitsandbytes` says what it looked for. Install a matching build, or pass device_map='cpu'"
+            )
+
+    def preferred_device(self) -> torch.device | None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+    # What the core calls ------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def preprocess_model(self, model: nn.Module) -> None:
+        swapped: dict[nn.Module, nn.Module] = {}
+        for parameter in self.parameters.values():
+            old = model.get_submodule(parameter.module)
+            if old not in swapped:
+                swapped[old] = self._swap(old, parameter)
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child in swapped:
+                    parent._modules[name] = swapped[child]
+
+    def _swap(self, old: nn.Module, parameter: Parameter) -> nn.Module:
+        out_features, in_features = _oriented(parameter, old.get_parameter(parameter.leaf)).shape
+        bias = old.bias
+        new = self._format.new_module(out_features, in_features, bias=bias is not None)
+        if bias is not None:
+            new.bias = bias
+            old.bias = nn.Parameter(torch.empty_like(bias), requires_grad=bias.requires_grad)
+        new.source_cls = type(old)  # type: ignore[assignment]  # transformers' name for it
+        new.__dict__["_original"] = old  # on the meta device for good; past nn.Module, which would list it as a child
+        new.requires_grad_(False)
+        return new.train(old.training)
+
+    @hookimpl
+    def quantize_param(self, parameter: Parameter, tensor: Tensor) -> Mapping[str, Tensor] | None:
+        if parameter.name not in self.parameters:
+            return None
+        return self._format.quantize(parameter, _oriented(parameter, tensor))
+
+    def install(self, model: nn.Module, parameter: Parameter, components: Mapping[str, Tensor]) -> None:
+        self._format.install(model.get_submodule(parameter.module), parameter, components)
+
+    def components(self, model: nn.Module, parameter: Parameter) -> Mapping[str, Tensor]:
+        return self._format.components(model.get_submodule(parameter.module), parameter)
+
+    @hookimpl
+    def postprocess_model(self, model: nn.Module) -> None:
+        if self.parameters:
+            # transformers' and PEFT's names for it
+            setattr(model, "is_loaded_in_4bit" if self.config.load_in_4bit else "is_loaded_in_8bit", True)
+
+    def dequantize(self, components: Mapping[str, Tensor], parameter: Parameter) -> Tensor:
+        matrix = self._format.dequantize(parameter, components).to(parameter.spec.dtype)
+        return _oriented(parameter, matrix).contiguous()
+
+    def restore_module(self, module: nn.Module) -> nn.Module:
+        original: nn.Module = module.__dict__["_original"]
+        return original
+
+
+def _oriented(parameter: Parameter, tensor: Tensor) -> Tensor:
+    """``[in, out]`` to ``[out, in]`` and back; bitsandbytes stores the latter."""
+    return tensor.t() if parameter.role == "linear-transposed" else tensor
+
+
+class _SkipPattern:
+    """One entry of ``llm_int8_skip_modules``, matched as transformers does: a regular expression for the start of a
+    module's name, up to the end of one of its dotted parts; or the end of the name, letter by letter."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._start = re.compile(rf"(?:{text})(?:(?<=\.)|(?=\.|$))")
+
+    def matches(self, module: str) -> bool:
+        return self._start.match(module) is not None or module.endswith(self.text)

@@ -33,6 +33,8 @@ class Outcome:
     load_seconds: float
     touch_seconds: float
     """Reading a byte of every page of the model afterwards."""
+    cpu_seconds: float
+    """Processor time of all threads for both of these; other tasks on the machine stretch it less than wall time."""
     level: int
     """Resident before the load."""
     peak: int

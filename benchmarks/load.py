@@ -2,8 +2,8 @@
 
 Seconds are medians (least-most). `start` is every import and a tiny load, `load` the load itself, `ready` the load and
 reading one byte of each page of the model: a loader that maps its files leaves that to the first use. `times` says how
-many times as long transformers takes until ready. MiB are the resident peak over the level before the load, with every
-page of the model in memory.
+many times as long transformers takes until ready, `cpu` the processor time of all threads until then. MiB are the
+resident peak over the level before the load, with every page of the model in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,18 @@ from benchmarks.options import add_shared, checkpoints, prepare_page_cache, writ
 from benchmarks.tables import Spread, mib, table
 
 CONTENDERS = ("quantdock", "transformers")
-_HEADER = ("case", "contender", "start s", "load s", "ready s", "times", "peak MiB", "model MiB", "same tensors")
+_HEADER = (
+    "case",
+    "contender",
+    "start s",
+    "load s",
+    "ready s",
+    "times",
+    "cpu s",
+    "peak MiB",
+    "model MiB",
+    "same tensors",
+)
 
 Outcomes = dict[str, list[Outcome]]
 """Contender -> its runs."""
@@ -48,7 +59,9 @@ def run(options: argparse.Namespace) -> int:
                 failures[case] = str(error)
                 print(f"failed: {error}", file=sys.stderr, flush=True)
             else:
-                print(f"{case} done", file=sys.stderr, flush=True)
+                ready = {name: Spread.of([one.ready_seconds for one in runs]) for name, runs in measured[case].items()}
+                progress = ", ".join(f"{name} {seconds}" for name, seconds in ready.items())
+                print(f"{case}: ready after {progress}", file=sys.stderr, flush=True)
         data = _as_data(measured, failures, checkpoint, options)
     if measured:
         first = next(iter(measured.values()))["transformers"][0]
@@ -98,6 +111,7 @@ def _rows(case: str, outcomes: Outcomes) -> list[list[str]]:
             str(Spread.of([one.load_seconds for one in runs])),
             str(Spread.of([one.ready_seconds for one in runs])),
             "" if contender == "quantdock" else f"{ratio(outcomes, contender):.2f}",
+            f"{median(one.cpu_seconds for one in runs):.2f}",
             mib(median(one.growth for one in runs)),
             mib(runs[0].model_nbytes),
             "" if contender == "quantdock" else _sameness(differing(outcomes, contender)),

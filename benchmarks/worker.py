@@ -38,19 +38,20 @@ def measure(job: Job) -> Outcome:
     level = residency.level()
     sampler = residency.Sampler() if job.sample else None
     with sampler or contextlib.nullcontext():
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         model = load(job.folder)
         loaded = time.perf_counter()
         peak = residency.peak()
         touching = time.perf_counter()
         contents.touch(model)
-        touched = time.perf_counter()
+        touched, cpu = time.perf_counter(), time.process_time() - cpu
         peak_touched = residency.peak()
 
     return Outcome(
         start_seconds=started - start,
         load_seconds=loaded - begin,
         touch_seconds=touched - touching,
+        cpu_seconds=cpu,
         level=level.anonymous + level.file,
         peak=peak,
         peak_touched=peak_touched,

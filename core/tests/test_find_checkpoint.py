@@ -195,7 +195,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
             "it can be loaded with variant='a' or variant='b'$",
         ),
         (["model.a.safetensors"], None, True, "it can be loaded with variant='a'$"),
-        (["other.safetensors"], None, True, r"it has other\.safetensors; to load one of them, name that file$"),
+        (["other.safetensors"], None, True, r"it has other\.safetensors; to load one of them, name its local path$"),
     ],
 )
 def test_nothing_found_says_what_there_is_and_how_to_get_it(

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,8 @@ from quantdock.errors import CheckpointError
 from quantdock.safetensors_file import MAX_HEADER_NBYTES, SafetensorsReader, read_header, stored_tensors
 from quantdock.tensors import StoredTensor, TensorReader
 
+# A busy machine is no reason to fail.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 linux = pytest.mark.skipif(sys.platform != "linux", reason="advice and accounting of pages are Linux's")
 
 NAMES = """
@@ -96,7 +98,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     return result
 
 
-@settings(deadline=None)
+@settings(patient)
 @given(
     tensors=state_dicts(), metadata=st.none() | st.dictionaries(st.text(max_size=5), st.text(max_size=5), min_size=1)
 )
@@ -469,7 +471,7 @@ def check_against_upstream(path: Path) -> None:
     assert_same(found, expected)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(patient, max_examples=400)
 @given(data=st.data())
 def test_mutated_bytes_are_refused_or_read_as_upstream_reads_them(folder: Path, data: st.DataObject) -> None:
     content = bytearray(valid_file(folder))
@@ -526,7 +528,7 @@ def plausible(draw: st.DrawFn) -> dict[str, Any]:
     return header
 
 
-@settings(deadline=None, max_examples=400)
+@settings(patient, max_examples=400)
 @given(
     header=plausible() | st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entries), size=st.integers(0, 40)
 )

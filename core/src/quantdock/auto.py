@@ -75,13 +75,12 @@ class _AutoClass:
         arguments |= {ours: kwargs.pop(name) for name, ours in _RENAMED.items() if name in kwargs}
         for name in _WITHOUT_EFFECT & kwargs.keys():
             kwargs.pop(name)
-        source = os.fspath(pretrained_model_name_or_path)
-        if gguf_file is not None:
-            source = os.path.join(source, gguf_file)
         extras: dict[str, Any] = {"allow_new_head": True, "config_arguments": kwargs}
+        if gguf_file is not None:
+            extras["gguf_file"] = gguf_file
         settled = dtype if dtype is not None else torch_dtype
         return load(
-            source,
+            pretrained_model_name_or_path,
             task=cls.task,
             dtype="auto" if settled is None else settled,
             use_safetensors=use_safetensors is not False,

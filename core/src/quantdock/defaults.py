@@ -148,6 +148,14 @@ class PlainArchitecture(Architecture):
             reset()
         return True
 
+    def export(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Each tied tensor once, under the name that the others are tied to."""
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if name not in self._tied or tensor.data_ptr() != state[self._tied[name]].data_ptr()
+        }
+
     def write_config(self, folder: Path, quantization: Mapping[str, Any] | None) -> None:
         data = {key: value for key, value in self._config.data.items() if key != "quantization_config"}
         if quantization is not None:

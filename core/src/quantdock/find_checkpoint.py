@@ -148,7 +148,7 @@ def _nothing_found(source: Files, kind: _Format, variant: str | None) -> str:
         advice = _ON_REQUEST if other is _PICKLE else "leave use_safetensors at True to read it"
         hints.append(f"it has {' and '.join(others)}; {advice}")
     if not hints and (named := [file for file in listing if file.endswith(kind.suffixes)]):
-        hints.append(f"it has {_listed(named)}; to load one of them, name that file")
+        hints.append(f"it has {_listed(named)}; to load one of them, name its local path")
     return "; ".join([f"has neither {single} nor {index}", *hints])
 
 

@@ -63,8 +63,11 @@ class Plan:
     @cached_property
     def buffer_nbytes(self) -> int:
         """Bytes of the buffers that no checkpoint stores."""
-        slots = self.match.parameters
-        return sum(buffer.nbytes for name, buffer in self.skeleton.model.named_buffers() if name not in slots)
+        counted = set(self.match.parameters)  # and the components of quantized ones, where modules have them as buffers
+        for chosen in self.selection:
+            for parameter in chosen.quantizer.parameters.values():
+                counted.update(chosen.quantizer.stored_names(parameter).values())
+        return sum(buffer.nbytes for name, buffer in self.skeleton.model.named_buffers() if name not in counted)
 
     @property
     def largest_unit_nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Whole loads: the same model as transformers' ``from_pretrained(..., gguf_file=...)``, and quantized on the way."""
+"""Whole loads: the same model as transformers' ``from_pretrained(..., gguf_file=...)``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from transformers.integrations.gguf import get_gguf_config, read_gguf_metadata
 
 from quantdock import load
+from quantdock_gguf import tokenizer
 from quantdock_gguf.stage import GGUFStage
 from quantdock_transformers.stage import TransformersStage
 
@@ -168,7 +169,7 @@ def new_style_tensors(names: Mapping[str, str], model: torch.nn.Module, kind: Ki
     return tensors
 
 
-@pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
 @pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.BF16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("architecture", NAMES)
 def test_an_architecture_with_transforms_is_the_one_of_transformers(write_gguf, tmp_path, architecture, kind, dtype):
@@ -176,3 +177,36 @@ def test_an_architecture_with_transforms_is_the_one_of_transformers(write_gguf, 
     path = new_style_file(write_gguf, tmp_path, architecture, kind)
     ours = load(path, dtype=dtype, plugins=STAGES)
     assert_same_model(ours, reference(path, dtype))
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_smollm2_is_the_one_of_transformers(smollm2_gguf):
+    ours = load(smollm2_gguf, dtype=torch.bfloat16, plugins=STAGES)
+    assert_same_model(ours, reference(smollm2_gguf, torch.bfloat16))
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_smollm2_answers(smollm2_gguf):
+    encoder = tokenizer(smollm2_gguf)
+    model = load(smollm2_gguf, plugins=STAGES)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = encoder.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in encoder.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_the_tokenizer_is_the_one_in_the_file(write_gguf, tmp_path):
+    tokens = ["<s>", "</s>", "h", "e", "l", "o", "he", "ll", "hell", "hello"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * 8,
+        "tokenizer.ggml.merges": ["h e", "l l", "he ll", "hell o"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+    path = write_gguf(tmp_path / "words.gguf", "llama", metadata, {"w": (np.ones(1, np.float32), Kind.F32)})
+    encoder = tokenizer(path)
+    assert encoder.decode(encoder("hello", add_special_tokens=False).input_ids) == "hello"

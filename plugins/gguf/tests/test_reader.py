@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from quantdock import CheckpointError, UnsupportedError
 from quantdock_gguf import reader as reader_module
+from quantdock_gguf.header import read_header
 from quantdock_gguf.reader import GGUFTensorReader
 
 PACKED = [
@@ -58,8 +59,9 @@ def same_bits(values: torch.Tensor, wanted: np.ndarray) -> bool:
     )
 
 
-def write_one(write_gguf, path: Path, kind: Kind, array: np.ndarray) -> GGUFTensorReader:
-    return GGUFTensorReader(write_gguf(path / "one.gguf", "llama", {}, {"w": (array, kind)}))
+def write_one(write_gguf, path: Path, kind: Kind, array: np.ndarray, **options) -> GGUFTensorReader:
+    file = write_gguf(path / "one.gguf", "llama", {}, {"w.weight": (array, kind)})
+    return GGUFTensorReader(read_header(file), **options)
 
 
 @pytest.mark.parametrize("kind", QUANTIZABLE, ids=lambda kind: kind.name)
@@ -93,7 +95,7 @@ def test_plain_types_are_delivered_as_stored(write_gguf, tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    reader = GGUFTensorReader(tmp_path / "plain.gguf")
+    reader = GGUFTensorReader(read_header(tmp_path / "plain.gguf"))
     (tensor,) = reader.tensors()
     assert tensor.spec.dtype == dtype
     assert reader.working_bytes(tensor) == tensor.spec.nbytes == values.nbytes
@@ -113,7 +115,7 @@ def test_a_scalar_and_an_empty_tensor(write_gguf, tmp_path):
         "none packed": (np.zeros((0, 34), np.uint8), Kind.Q8_0),
         "one": (np.full((1,), 7, np.float32), Kind.F32),
     }
-    reader = GGUFTensorReader(write_gguf(tmp_path / "small.gguf", "llama", {}, tensors))
+    reader = GGUFTensorReader(read_header(write_gguf(tmp_path / "small.gguf", "llama", {}, tensors)))
     values = {tensor.name: tensor.read() for tensor in reader.tensors()}
     assert {name: tuple(value.shape) for name, value in values.items()} == {
         "empty": (0, 32),
@@ -138,6 +140,32 @@ def test_working_bytes_are_an_upper_bound(write_gguf, tmp_path, kind):
     assert reader.working_bytes(tensor) <= result.nbytes + 5 * 2**20
 
 
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q5_1, Kind.IQ4_XS])
+def test_packed_weights_are_rounded_to_the_models_dtype_chunk_by_chunk(write_gguf, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(reader_module, "CHUNK", 1024)
+    raw = random_blocks(kind, (7, 768))
+    reader = write_one(write_gguf, tmp_path, kind, raw, dtype=torch.bfloat16)
+    (tensor,) = reader.tensors()
+    assert tensor.spec.dtype == torch.bfloat16
+    assert reader.working_bytes(tensor) < 2 * raw.size * 32 + 2**21
+    wanted = torch.from_numpy(expected(raw, kind)).to(torch.bfloat16)
+    assert torch.equal(tensor.read().nan_to_num(), wanted.nan_to_num())
+
+
+def test_what_may_have_to_be_computed_with_stays_float32(write_gguf, tmp_path):
+    """Norms with an offset, state space matrices stored as logarithms, biases."""
+    blocks = {
+        "output_norm.weight": random_blocks(Kind.Q8_0, (64,)),
+        "blk.0.ssm_a": random_blocks(Kind.Q8_0, (2, 64)),
+        "blk.0.attn_q.bias": random_blocks(Kind.Q8_0, (64,)),
+    }
+    tensors = {name: (raw, Kind.Q8_0) for name, raw in blocks.items()}
+    tensors["blk.0.ffn_norm.weight"] = (np.ones(64, np.float32), Kind.F32)
+    file = write_gguf(tmp_path / "exact.gguf", "llama", {}, tensors)
+    for tensor in GGUFTensorReader(read_header(file), dtype=torch.bfloat16).tensors():
+        assert tensor.spec.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K, Kind.Q6_K, Kind.IQ4_XS])
 def test_blocks_computed_in_another_dtype_are_those_of_transformers(write_gguf, tmp_path, monkeypatch, kind, dtype):
@@ -145,22 +173,24 @@ def test_blocks_computed_in_another_dtype_are_those_of_transformers(write_gguf, 
 
     monkeypatch.setattr(reader_module, "CHUNK", 1024)
     raw = random_blocks(kind, (7, 768))
-    reader = write_one(write_gguf, tmp_path, kind, raw)
-    (tensor,) = reader.tensors(block_dtype=dtype)
+    reader = write_one(write_gguf, tmp_path, kind, raw, dtype=dtype, compute_in_dtype=True)
+    (tensor,) = reader.tensors()
     assert tensor.spec.dtype == dtype
     wanted = dequantize(torch.from_numpy(raw).reshape(-1), int(kind), dtype).reshape(7, 768)
     assert torch.equal(tensor.read().nan_to_num(), wanted.nan_to_num())
 
 
-def test_types_without_torch_code_are_float32_in_any_dtype(write_gguf, tmp_path):
-    reader = write_one(write_gguf, tmp_path, Kind.Q5_0, random_blocks(Kind.Q5_0, (2, 64)))
-    (tensor,) = reader.tensors(block_dtype=torch.bfloat16)
-    assert tensor.spec.dtype == torch.float32
+def test_types_without_torch_code_are_computed_in_float32_and_rounded_once(write_gguf, tmp_path):
+    raw = random_blocks(Kind.Q5_0, (2, 64))
+    reader = write_one(write_gguf, tmp_path, Kind.Q5_0, raw, dtype=torch.bfloat16, compute_in_dtype=True)
+    (tensor,) = reader.tensors()
+    wanted = torch.from_numpy(expected(raw, Kind.Q5_0)).to(torch.bfloat16)
+    assert torch.equal(tensor.read().nan_to_num(), wanted.nan_to_num())
 
 
 def test_a_type_that_cannot_be_unpacked_is_named(write_gguf, tmp_path):
     reader = write_one(write_gguf, tmp_path, Kind.Q8_K, random_blocks(Kind.Q8_K, (2, 256)))
-    with pytest.raises(UnsupportedError, match=r"one\.gguf: tensor 'w' is Q8_K.*requantize"):
+    with pytest.raises(UnsupportedError, match=r"one\.gguf: tensor 'w.weight' is Q8_K.*requantize"):
         list(reader.tensors())
 
 
@@ -168,13 +198,13 @@ def test_a_file_that_shrinks_is_an_error_naming_the_tensor(write_gguf, tmp_path)
     reader = write_one(write_gguf, tmp_path, Kind.F32, np.ones((64, 64), np.float32))
     (tensor,) = reader.tensors()
     os.truncate(tensor.file, tensor.offset + 100)
-    with pytest.raises(CheckpointError, match=r"one\.gguf: tensor 'w': ends before its values do") as caught:
+    with pytest.raises(CheckpointError, match=r"one\.gguf: tensor 'w.weight': ends before its values do") as caught:
         tensor.read()
-    assert (caught.value.file, caught.value.tensor) == (tensor.file, "w")
+    assert (caught.value.file, caught.value.tensor) == (tensor.file, "w.weight")
 
 
 def test_closing_twice_is_fine_and_reading_then_is_an_error(tiny_llama):
-    reader = GGUFTensorReader(tiny_llama)
+    reader = GGUFTensorReader(read_header(tiny_llama))
     tensor = next(reader.tensors())
     before = tensor.read()
     reader.will_need(tensor)
@@ -187,7 +217,7 @@ def test_closing_twice_is_fine_and_reading_then_is_an_error(tiny_llama):
 
 
 def test_tensors_come_in_file_order_with_their_place(tiny_llama):
-    reader = GGUFTensorReader(tiny_llama)
+    reader = GGUFTensorReader(read_header(tiny_llama))
     offsets = {tensor.name: (tensor.offset, tensor.stored_nbytes) for tensor in reader.tensors()}
     library = {tensor.name: (tensor.data_offset, tensor.n_bytes) for tensor in gguf.GGUFReader(tiny_llama).tensors}
     assert offsets == library
@@ -196,4 +226,11 @@ def test_tensors_come_in_file_order_with_their_place(tiny_llama):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"no\.gguf: can't be opened"):
-        GGUFTensorReader(tmp_path / "no.gguf")
+        read_header(tmp_path / "no.gguf")
+
+
+def test_a_file_that_was_changed_since_its_header_was_read_is_refused(tiny_llama):
+    header = read_header(tiny_llama)
+    os.utime(tiny_llama, ns=(0, 0))
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf: was changed while it was being opened"):
+        GGUFTensorReader(header)

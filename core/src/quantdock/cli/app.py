@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from quantdock.cli import chat, inspect, load, plan, plugins
 from quantdock.cli.command import command
 
+
+class _QuickHelp:
+    """Gives ``--help`` a default: Typer looks at an option without one through a library that takes 0.1 s to import."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.default = False
+        return option
+
+
+class _Command(_QuickHelp, TyperCommand):
+    """A subcommand."""
+
+
+class _Group(_QuickHelp, TyperGroup):
+    """The command itself."""
+
+
 app = typer.Typer(
     name="quantdock",
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # a traceback is for --debug, and then Python's own
@@ -38,8 +59,8 @@ def quantdock(
     """
 
 
-app.command("plan")(command(plan.run))
-app.command("load")(command(load.run))
-app.command("chat")(command(chat.run))
-app.command("inspect")(command(inspect.run))
-app.command("plugins")(command(plugins.run))
+app.command("plan", cls=_Command)(command(plan.run))
+app.command("load", cls=_Command)(command(load.run))
+app.command("chat", cls=_Command)(command(chat.run))
+app.command("inspect", cls=_Command)(command(inspect.run))
+app.command("plugins", cls=_Command)(command(plugins.run))

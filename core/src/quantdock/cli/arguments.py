@@ -69,10 +69,10 @@ class LoadArguments(SourceArguments):
     quantize: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PRESET | PATTERN=PRESET",
-            help="Quantize everything, or the parameters that a pattern matches; 'none' leaves them as they are. "
-            "Repeatable: the first pattern that matches decides, a preset without a pattern takes the rest. "
-            "A config as in config.json, as JSON, can stand for a preset.",
+            metavar="PRESET",
+            help="Quantize everything; as PATTERN=PRESET, the parameters that the pattern matches. Repeatable: the "
+            "first pattern that matches decides, a preset without one takes the rest. 'none' leaves parameters as "
+            "they are. Instead of a preset's name: a JSON object as in config.json.",
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -106,8 +106,8 @@ class LoadArguments(SourceArguments):
     device_map: Annotated[
         str | None,
         typer.Option(
-            metavar="DEVICE | JSON",
-            help="A device, auto, balanced, sequential, or an object of module paths and devices.",
+            metavar="DEVICE",
+            help="A device, auto, balanced, sequential, or a JSON object of module paths and devices.",
             rich_help_panel=_PLACE,
         ),
     ] = None

@@ -11,7 +11,7 @@ import typer
 from quantdock.cli import output
 from quantdock.cli.arguments import LoadArguments
 from quantdock.cli.command import JsonOption, SourceArgument
-from quantdock.errors import QuantdockError
+from quantdock.errors import QuantdockError, UnsupportedError
 
 if TYPE_CHECKING:
     from quantdock.planning import Plan
@@ -56,9 +56,7 @@ def _sample(plan: Plan, prompt: str | None, max_new_tokens: int) -> dict[str, An
     try:
         chatter = plan.skeleton.architecture.chatter(plan.source)
         if chatter is None:
-            raise QuantdockError(
-                "no sample: the architecture generates no text, or the source has no tokenizer. Drop --prompt."
-            )
+            raise UnsupportedError("no sample: the model generates no text, or the source has no tokenizer")
         text = chatter.complete(prompt or _PROMPT, max_new_tokens=max_new_tokens)
     except QuantdockError as error:
         if prompt is not None:

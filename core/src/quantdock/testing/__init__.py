@@ -9,17 +9,18 @@ The suite is a class to inherit. Twelve lines test a plugin::
         presets = ("toy-int8",)
         min_sqnr_db = 38.0
 
-Everything it can be told is on ``quantdock.testing.suite.Suite``. A test whose name begins with ``test_`` may be replaced
-only to mark it ``pytest.mark.xfail`` with a reason.
+Everything it can be told is on ``quantdock.testing.suite.Suite``. A test may be replaced only by one that is marked
+``pytest.mark.xfail`` with a reason.
 
 Needs pytest: ``pip install "quantdock[testing]"``.
 """
+
+# ruff: noqa: E402 - asserts are registered before they are imported, so that a failing one shows its operands
 
 from __future__ import annotations
 
 import pytest
 
-# Before the imports below: a failing assert then shows its operands, as in a test file of one's own.
 pytest.register_assert_rewrite(
     *(f"quantdock.testing.{name}" for name in ("declaring", "deciding", "quantizing", "executing", "saving", "suite"))
 )

@@ -132,7 +132,7 @@ class Declaring(Suite):
         When it fails: only fields that don't change what is stored may be marked with ``runtime()``; an own
         ``overridden_by`` has to hold on to the rest.
         """
-        saved = self.saved(folder, config)
+        _, saved = self.saved(folder, config)
         for name in (item.name for item in dataclasses.fields(config) if item.name not in config.runtime_fields()):
             other = copy.copy(config)
             object.__setattr__(other, name, _Other())  # past __post_init__: any value but the one that is stored
@@ -145,7 +145,7 @@ class Declaring(Suite):
         When it fails: an own ``overridden_by`` has to take the other config's runtime fields.
         """
         changed = {name: value for name in config.runtime_fields() for value in _others(getattr(config, name))}
-        saved = self.saved(folder, config)
+        _, saved = self.saved(folder, config)
         for name, value in changed.items():
             try:
                 other = dataclasses.replace(config, **{name: value})

@@ -22,7 +22,7 @@ class Experts(nn.Module):
         self.weight = nn.Parameter(torch.empty(EXPERTS, features, features, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("...i,eoi->...o", x, self.weight) / EXPERTS
+        return torch.einsum("...i,eoi->...o", x, self.weight).div_(EXPERTS)
 
 
 class Block(nn.Module):
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         normed = self.norm(x)
-        return x + torch.as_tensor(self.down(nn.functional.gelu(self.up(normed)))) + self.experts(normed)
+        return torch.as_tensor(x + self.down(nn.functional.gelu(self.up(normed))) + self.experts(normed))
 
 
 class SmallModel(nn.Module):
@@ -59,7 +59,8 @@ class SmallModel(nn.Module):
         self.head = nn.Linear(features, VOCABULARY, bias=False, dtype=dtype)
         self.head.weight = self.embed.weight
         if "linear" in config:
-            self.extra = nn.Linear(*config["linear"], dtype=dtype)
+            inputs, outputs = config["linear"]
+            self.extra = nn.Linear(inputs, outputs, dtype=dtype)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("positions", torch.arange(16, dtype=torch.float32) / 16, persistent=False)
 
@@ -103,7 +104,10 @@ def write_checkpoint(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * values if "norm.weight" in name else values * parameter.shape[-1] ** -0.5)
+            if parameter.dim() > 1:
+                parameter.copy_(values * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.copy_(0.5 * values + ("norm.weight" in name))
         model.get_buffer("steps").fill_(1000 + seed)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "head.weight"}

@@ -49,7 +49,7 @@ class Suite:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run what takes a ``config`` for each, and what takes a ``dtype`` for both."""
         if "config" in metafunc.fixturenames:
-            configs = [*self.configs] or [*self.presets]
+            configs: list[QuantizationConfig | str] = [*self.configs] or [*self.presets]
             if not configs:
                 raise pytest.UsageError(
                     f"{type(self).__name__} sets neither configs nor presets, so there is nothing to test"
@@ -88,7 +88,8 @@ class Suite:
     def quantizer_class(self) -> type[Quantizer[Any]]:
         """The class that the method's entry point names."""
         found = self.offer(QUANTIZERS, self.method).load()
-        assert isinstance(found, type) and issubclass(found, Quantizer), f"{found!r} is no subclass of Quantizer"
+        assert isinstance(found, type), f"{found!r} is no class"
+        assert issubclass(found, Quantizer), f"{found!r} is no subclass of Quantizer"
         return found
 
     # Loads --------------------------------------------------------------------------------------------------------
@@ -106,12 +107,13 @@ class Suite:
         """The small model, quantized as ``config`` says."""
         return self.plan(folder, config, **options).execute()
 
-    def saved(self, folder: Path, config: object) -> Path:
-        """The checkpoint that saving ``folder`` quantized gives; the test is skipped when the method can't."""
+    def saved(self, folder: Path, config: object) -> tuple[torch.nn.Module, Path]:
+        """``folder`` loaded quantized, and where it was saved; the test is skipped when the method can't."""
         can = self.quantizer_class().capabilities
         if not (can.save and can.load and can.quantize):
             pytest.skip(f"{self.method} doesn't claim to quantize, save and load what was saved")
-        return saving.save(self.load(folder, config), folder.with_name(f"{folder.name}-saved"))
+        model = self.load(folder, config)
+        return model, saving.save(model, folder.with_name(f"{folder.name}-saved"))
 
 
 def quantizer_of(loaded: torch.nn.Module | Plan) -> Quantizer[Any]:

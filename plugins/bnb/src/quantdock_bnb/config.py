@@ -26,6 +26,12 @@ _FLAGS = (
     "llm_int8_has_fp16_weight",
     "bnb_4bit_use_double_quant",
 )
+_CHOICES: Mapping[str, tuple[object, ...]] = {
+    "bnb_4bit_quant_type": QUANT_TYPES,
+    "bnb_4bit_compute_dtype": COMPUTE_DTYPES,
+    "bnb_4bit_quant_storage": STORAGE_DTYPES,
+    "bnb_4bit_blocksize": BLOCKSIZES,
+}
 _DTYPES = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 
 
@@ -52,7 +58,7 @@ class BitsAndBytesConfig(QuantizationConfig):
     llm_int8_has_fp16_weight: bool = False
     """Keep the weights in full precision and quantize them in each forward. Fixes what is stored, so it is no runtime
     field."""
-    bnb_4bit_compute_dtype: torch.dtype = runtime(torch.float32)
+    bnb_4bit_compute_dtype: torch.dtype = runtime(torch.float32)  # noqa: RUF009 - it makes a dataclass field
     bnb_4bit_quant_type: str = "fp4"
     bnb_4bit_use_double_quant: bool = False
     """Quantize the scales too, to 8 bits in blocks of 256."""
@@ -68,26 +74,25 @@ class BitsAndBytesConfig(QuantizationConfig):
         if self.load_in_4bit == self.load_in_8bit:
             both = "both" if self.load_in_4bit else "neither"
             raise ConfigError(f"BitsAndBytesConfig: {both} of load_in_4bit and load_in_8bit is true; set exactly one")
-        threshold = self.llm_int8_threshold
-        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-        self._expect("llm_int8_threshold", number and threshold >= 0, "a number that is not negative")
-        object.__setattr__(self, "llm_int8_threshold", float(threshold))
+        threshold: object = self.llm_int8_threshold
+        number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and threshold >= 0
+        self._expect("llm_int8_threshold", number, "a number that is not negative")
+        object.__setattr__(self, "llm_int8_threshold", float(self.llm_int8_threshold))
         self._set_skip_modules()
-        self._expect("bnb_4bit_quant_type", self.bnb_4bit_quant_type in QUANT_TYPES, f"one of {QUANT_TYPES}")
-        self._expect("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype in COMPUTE_DTYPES, f"one of {COMPUTE_DTYPES}")
-        self._expect("bnb_4bit_quant_storage", self.bnb_4bit_quant_storage in STORAGE_DTYPES, f"one of {STORAGE_DTYPES}")
-        self._expect("bnb_4bit_blocksize", self.bnb_4bit_blocksize in BLOCKSIZES, f"one of {BLOCKSIZES}")
+        for name, choices in _CHOICES.items():
+            self._expect(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ConfigError(f"BitsAndBytesConfig.{name} is {getattr(self, name)!r}, expected {expected}")
 
     def _set_skip_modules(self) -> None:
-        skip = self.llm_int8_skip_modules
+        skip: object = self.llm_int8_skip_modules
         if skip is None:
             return
         strings = isinstance(skip, list | tuple) and all(isinstance(item, str) and item for item in skip)
         self._expect("llm_int8_skip_modules", strings, "a list of module names or None")
+        skip = tuple(self.llm_int8_skip_modules or ())
         for item in skip:
             try:
                 re.compile(item)
@@ -95,7 +100,7 @@ class BitsAndBytesConfig(QuantizationConfig):
                 raise ConfigError(
                     f"BitsAndBytesConfig.llm_int8_skip_modules: {item!r} is no regular expression ({error})"
                 ) from error
-        object.__setattr__(self, "llm_int8_skip_modules", tuple(skip))
+        object.__setattr__(self, "llm_int8_skip_modules", skip)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

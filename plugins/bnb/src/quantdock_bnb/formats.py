@@ -54,7 +54,7 @@ class Format(ABC):
         """The stored tensors of ``module``'s weight; the reverse of ``install``."""
 
 
-def mismatches(
+def require_components(
     parameter: Parameter, expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec], *, but: str = ""
 ) -> None:
     """Raise unless ``found`` is ``expected``, the component ``but`` aside.
@@ -135,7 +135,7 @@ class FourBit(Format):
             )
         specs = self._specs(parameter, blocksize, nested=absmax.dtype == torch.uint8)
         description = states.description_name(leaf, self.config.bnb_4bit_quant_type)
-        mismatches(parameter, specs, found, but=description)
+        require_components(parameter, specs, found, but=description)
         blob = found[description]
         if blob.dtype != torch.uint8 or len(blob.shape) != 1 or blob.numel > states.MAX_DESCRIPTION:
             raise UnsupportedError(
@@ -213,7 +213,7 @@ class EightBit(Format):
 
     def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
         layout = self.layout(parameter)
-        mismatches(parameter, layout.components, found)
+        require_components(parameter, layout.components, found)
         return layout
 
     def quantize(self, parameter: Parameter, matrix: Tensor) -> dict[str, Tensor]:
@@ -245,8 +245,8 @@ class EightBit(Format):
         form = components["weight_format"].item()
         if form != 0:
             raise UnsupportedError(
-                f"{parameter.name}: component 'weight_format' is {form}, expected 0 (row by row); bitsandbytes before 0.45 "
-                "wrote other formats for single GPUs, save the model anew with it"
+                f"{parameter.name}: component 'weight_format' is {form}, expected 0 (row by row); bitsandbytes before "
+                "0.45 wrote others for some GPUs: save the model anew with it, after `.cpu()`"
             )
         module.weight = bnb.nn.Int8Params(data, requires_grad=False, CB=data, SCB=components["SCB"])
 

@@ -124,9 +124,7 @@ def _by_bitsandbytes(flat: Tensor, blocksize: int, quant_type: str, packed: Tens
         absmax[start // blocksize : start // blocksize + scales.numel()] = scales
 
 
-def _by_table(
-    flat: Tensor, blocksize: int, quant_type: str, table: CodeTable, packed: Tensor, absmax: Tensor
-) -> None:
+def _by_table(flat: Tensor, blocksize: int, quant_type: str, table: CodeTable, packed: Tensor, absmax: Tensor) -> None:
     whole = flat.numel() // blocksize * blocksize
     scratch = _Scratch(min(CHUNK, whole), blocksize)
     pending: list[Tensor] = []
@@ -189,7 +187,8 @@ class _Scratch:
 
     def packed(self) -> Tensor:
         """Two codes to a byte, the first one in the high half; a view that spoils the codes."""
-        # A pair read as one little-endian number is first + 256 * second; times 4097, its high byte is 16 * first + second.
+        # A pair read as one little-endian number is first + 256 * second; its product with 4097 has 16 * first + second
+        # as the high byte.
         self._pairs.mul_(4097)
         return self._high_bytes
 
@@ -199,7 +198,7 @@ def _resolve(
 ) -> None:
     """Search the codes of the elements that the table couldn't tell, eight neighbours (four bytes) at a time."""
     whole = flat.numel() // 8 * 8
-    for eights in torch.cat(pending).split(_FLUSH) if pending else ():
+    for eights in torch.cat(pending).split(_FLUSH) if pending else ():  # type: ignore[no-untyped-call]
         scales = absmax[eights.mul(8).div_(blocksize, rounding_mode="floor")]
         factors = scales.clamp_(min=1e-38).reciprocal_().unsqueeze(1)
         values = flat[:whole].view(-1, 8)[eights].float().mul_(factors)

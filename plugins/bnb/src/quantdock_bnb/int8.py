@@ -12,7 +12,7 @@ CHUNK = 28672
 """Elements worked on at a time on CPU, if a row isn't longer: the temporaries stay in the cache, and torch runs each
 step in the calling thread, which may be one of many."""
 
-_DEVICE_CHUNK = 2 << 20
+_DEVICE_CHUNK = 1 << 20
 """The same where memory is what has to be bounded, and a launch must not be too small."""
 
 

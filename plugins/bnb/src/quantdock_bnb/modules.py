@@ -39,7 +39,7 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes is An
     def forward(self, x: Tensor) -> Tensor:
         fix_4bit_weight_quant_state_from_module(self)
         self._arrange(for_kernel=self._kernel_serves(x))
-        if not self.compute_type_is_set:
+        if not self.compute_type_is_set:  # type: ignore[has-type]
             self.set_compute_type(x)
             self.compute_type_is_set = True
         given, wanted = x.dtype, self.compute_dtype or x.dtype

@@ -37,6 +37,11 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
 
     def __init__(self, config: BitsAndBytesConfig, *, prequantized: bool = False) -> None:
         super().__init__(config, prequantized=prequantized)
+        if prequantized and config.load_in_8bit and config.llm_int8_has_fp16_weight:
+            raise UnsupportedError(
+                "the checkpoint was saved with llm_int8_has_fp16_weight=true, so nothing in it is quantized; take "
+                "quantization_config out of its config.json, and pass quantize= to quantize it while loading"
+            )
         self._format: Format = FourBit(config) if config.load_in_4bit else EightBit(config)
         self._skipped = [_SkipPattern(item) for item in config.llm_int8_skip_modules or ()]
 
@@ -93,13 +98,14 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
         supported = bnb.supported_torch_devices
         if device.type not in supported:
             raise UnsupportedError(
-                f"bitsandbytes {bnb.__version__} doesn't run on {device.type!r}, only on {', '.join(sorted(supported))}; "
-                "pass another device_map="
+                f"bitsandbytes {bnb.__version__} doesn't run on {device.type!r}; pass a device_map= of "
+                f"{', '.join(sorted(supported))}"
             )
         if device.type == "cuda" and not bnb.cextension.lib.compiled_with_cuda:
             raise UnsupportedError(
-                f"bitsandbytes {bnb.__version__} has no library for this CUDA or ROCm version (torch {torch.__version__}); "
-                "`python -m bitsandbytes` says what it looked for. Install a matching build, or pass device_map='cpu'"
+                f"bitsandbytes {bnb.__version__} has no library for the CUDA or ROCm version of torch "
+                f"{torch.__version__}; `python -m bitsandbytes` says what it looked for. Install a matching build, or "
+                "pass device_map='cpu'"
             )
 
     def preferred_device(self) -> torch.device | None:
@@ -121,7 +127,7 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
 
     def _swap(self, old: nn.Module, parameter: Parameter) -> nn.Module:
         out_features, in_features = _oriented(parameter, old.get_parameter(parameter.leaf)).shape
-        bias = old.bias
+        bias = old._parameters["bias"]
         new = self._format.new_module(out_features, in_features, bias=bias is not None)
         if bias is not None:
             new.bias = bias
@@ -145,9 +151,12 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
 
     @hookimpl
     def postprocess_model(self, model: nn.Module) -> None:
-        if self.parameters:
-            # transformers' and PEFT's names for it
-            setattr(model, "is_loaded_in_4bit" if self.config.load_in_4bit else "is_loaded_in_8bit", True)
+        if not self.parameters:
+            return
+        for parameter in self.parameters.values():
+            model.get_submodule(parameter.module).requires_grad_(False)  # biases too, as transformers has it
+        # transformers' and PEFT's names for it
+        setattr(model, "is_loaded_in_4bit" if self.config.load_in_4bit else "is_loaded_in_8bit", True)
 
     def dequantize(self, components: Mapping[str, Tensor], parameter: Parameter) -> Tensor:
         matrix = self._format.dequantize(parameter, components).to(parameter.spec.dtype)

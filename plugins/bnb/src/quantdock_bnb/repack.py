@@ -33,7 +33,7 @@ def to_kernel(data: Tensor, state: QuantState) -> tuple[Tensor, QuantState]:
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     kernel = packed.view(rows // GROUP, columns // 2, _HALF, 2)
     step = max(1, _STEP // (GROUP * columns // 2))
-    for source, target in zip(stored.split(step), kernel.split(step), strict=True):
+    for source, target in zip(_split(stored, step), _split(kernel, step), strict=True):
         low, high = source[:, :_HALF], source[:, _HALF:]
         target[..., 0] = ((low >> 4) | (high & 0xF0)).transpose(1, 2)
         target[..., 1] = ((low & 0x0F) | (high << 4)).transpose(1, 2)
@@ -57,11 +57,15 @@ def from_kernel(packed: Tensor, quant_storage: torch.dtype) -> Tensor:
     data = torch.empty(rows * half, dtype=torch.uint8)
     stored = data.view(rows // GROUP, GROUP, half)
     step = max(1, _STEP // (GROUP * half))
-    for source, target in zip(kernel.split(step), stored.split(step), strict=True):
+    for source, target in zip(_split(kernel, step), _split(stored, step), strict=True):
         first, second = source[..., 0].transpose(1, 2), source[..., 1].transpose(1, 2)
         target[:, :_HALF] = (first << 4) | (second & 0x0F)
         target[:, _HALF:] = (first & 0xF0) | (second >> 4)
     return data.view(quant_storage).unsqueeze(1)
+
+
+def _split(tensor: Tensor, step: int) -> tuple[Tensor, ...]:
+    return torch.split(tensor, step)
 
 
 def _scales(state: QuantState) -> Tensor:

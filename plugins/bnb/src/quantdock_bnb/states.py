@@ -1,4 +1,4 @@
-"""Reading and checking what bitsandbytes stores beside a 4-bit weight. What a file says is checked before it is used."""
+"""What bitsandbytes stores beside a 4-bit weight: declared, read, and checked before it is used."""
 
 from __future__ import annotations
 

@@ -66,6 +66,8 @@ class Header:
     entries: Mapping[str, bytes]
     """Key -> its whole entry as stored, for every key whose value isn't given as a length."""
     tensors: tuple[TensorInfo, ...]
+    fingerprint: tuple[int, ...]
+    """What tells whether the file is still the one that was parsed."""
 
     @property
     def architecture(self) -> str:
@@ -87,18 +89,32 @@ def read_header(file: Path) -> Header:
         CheckpointError: the file isn't GGUF, or it is damaged.
         UnsupportedError: it is a GGUF file of a kind that can't be read here.
     """
+    descriptor = open_file(file)
     try:
-        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise CheckpointError(f"can't be opened ({error.strerror})", file=file) from error
-    try:
-        return parse_header(descriptor, file)
+        return _parse(descriptor, file)
     finally:
         os.close(descriptor)
 
 
-def parse_header(descriptor: int, file: Path) -> Header:
-    """``read_header`` for a file that is open already; ``file`` is for messages."""
+def open_file(file: Path) -> int:
+    """A descriptor for reading.
+
+    Raises:
+        CheckpointError: there is none to be had.
+    """
+    try:
+        return os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise CheckpointError(f"can't be opened ({error.strerror})", file=file) from error
+
+
+def fingerprint_of(descriptor: int) -> tuple[int, ...]:
+    """Which file this is, and when it was last written."""
+    found = os.fstat(descriptor)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _parse(descriptor: int, file: Path) -> Header:
     size = os.fstat(descriptor).st_size
     if size < len(MAGIC) + _UINT32.size + _COUNTS.size:
         raise CheckpointError(f"has {size} bytes, fewer than a GGUF header takes", file=file)
@@ -117,7 +133,9 @@ def parse_header(descriptor: int, file: Path) -> Header:
         first = -(-cursor.position // alignment) * alignment
     tensors = tuple(_placed(row, first, alignment, size, file) for row in rows)
     _check_disjoint(tensors, file)
-    return Header(file=file, metadata=metadata, entries=entries, tensors=tensors)
+    return Header(
+        file=file, metadata=metadata, entries=entries, tensors=tensors, fingerprint=fingerprint_of(descriptor)
+    )
 
 
 class _Cursor:

@@ -6,7 +6,6 @@ import os
 import weakref
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -16,7 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from quantdock import CheckpointError, StoredTensor, TensorReader, TensorSpec, UnsupportedError
-from quantdock_gguf.header import Header, TensorInfo, parse_header
+from quantdock_gguf.header import Header, TensorInfo, fingerprint_of, open_file
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -48,27 +47,36 @@ class GGUFTensorReader(TensorReader):
     """Reads the tensors of one GGUF file.
 
     Plain types are delivered as they are stored (``gguf`` itself would widen F16 and BF16). Blocks are unpacked by
-    ``gguf.dequantize`` to float32.
+    ``gguf.dequantize`` to float32; packed weights are delivered in the dtype of the model, cast chunk by chunk, so that
+    no float32 copy of a large tensor is ever made.
 
     The file is read with ``pread`` and never mapped: its pages don't count as this process's memory, and a file that
     shrinks meanwhile is an error instead of a crash.
     """
 
-    def __init__(self, file: Path) -> None:
-        try:
-            self._descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise CheckpointError(f"can't be opened ({error.strerror})", file=file) from error
-        self._closing = weakref.finalize(self, os.close, self._descriptor)
-        self.header: Header = parse_header(self._descriptor, file)
-        self._infos = {info.name: info for info in self.header.tensors}
-
-    def tensors(self, *, block_dtype: torch.dtype = torch.float32) -> Iterator[StoredTensor]:
-        """The file's tensors in the order of their values.
+    def __init__(self, header: Header, *, dtype: torch.dtype = torch.float32, compute_in_dtype: bool = False) -> None:
+        """Open the file that ``header`` was read from.
 
         Args:
-            block_dtype: the dtype to compute in when blocks are unpacked. Another one than float32 is for the types
-                that transformers has torch code for, which computes in the model's dtype for some architectures.
+            header: of the file.
+            dtype: in which packed weights are delivered.
+            compute_in_dtype: unpack with transformers' torch code in ``dtype`` throughout, for the types it has. That
+                rounds more than once, and is what transformers does for some architectures.
+
+        Raises:
+            CheckpointError: the file can't be opened, or was changed since its header was read.
+        """
+        self.header = header
+        self._dtype = dtype
+        self._compute_in_dtype = compute_in_dtype and dtype != torch.float32
+        self._infos = {info.name: info for info in header.tensors}
+        self._descriptor = open_file(header.file)
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
+        if fingerprint_of(self._descriptor) != header.fingerprint:
+            raise CheckpointError("was changed while it was being opened", file=header.file)
+
+    def tensors(self) -> Iterator[StoredTensor]:
+        """The file's tensors in the order of their values.
 
         Raises:
             UnsupportedError: there is one of a type that can't be unpacked.
@@ -76,7 +84,7 @@ class GGUFTensorReader(TensorReader):
         for info in sorted(self.header.tensors, key=lambda info: info.start):
             yield StoredTensor(
                 name=info.name,
-                spec=TensorSpec(dtype=self._delivered(info, block_dtype), shape=info.shape),
+                spec=TensorSpec(dtype=self._delivered(info), shape=info.shape),
                 file=self.header.file,
                 offset=info.start,
                 stored_nbytes=info.nbytes,
@@ -108,7 +116,7 @@ class GGUFTensorReader(TensorReader):
     def close(self) -> None:
         self._closing()
 
-    def _delivered(self, info: TensorInfo, block_dtype: torch.dtype) -> torch.dtype:
+    def _delivered(self, info: TensorInfo) -> torch.dtype:
         if info.kind in _PLAIN:
             return _PLAIN[info.kind]
         if not _can_unpack(info.kind):
@@ -116,7 +124,9 @@ class GGUFTensorReader(TensorReader):
                 f"{self.header.file}: tensor {info.name!r} is {info.kind.name}, which the gguf package can't unpack; "
                 "requantize the file to another type"
             )
-        return block_dtype if block_dtype != torch.float32 and info.kind in _torch_kinds() else torch.float32
+        # Some tensors are stored with an offset or as a logarithm, and have to be computed with in float32 before they
+        # are rounded. Those aren't weights of this form, which are only ever moved.
+        return self._dtype if info.name.endswith(".weight") and len(info.shape) > 1 else torch.float32
 
     def _unpack(self, values: torch.Tensor, info: TensorInfo) -> None:
         block, block_bytes = _block(info.kind)
@@ -127,12 +137,12 @@ class GGUFTensorReader(TensorReader):
             self._fill(part, info, start)
             first = start // block_bytes * block
             target = values[first : first + part.size // block_bytes * block]
-            if values.dtype != torch.float32:
-                target.copy_(_unpack_by_torch(part, info.kind, target.dtype))
+            if self._compute_in_dtype and info.kind in _torch_kinds():
+                target.copy_(_unpack_by_torch(part, info.kind, self._dtype))
                 continue
             # Scales that are infinite or NaN in the file give NaN, as they do in the library; numpy would warn.
             with np.errstate(all="ignore"):
-                target.numpy()[:] = dequantize(part, info.kind)
+                target.copy_(torch.from_numpy(dequantize(part, info.kind)))
 
     def _fill(self, target: Bytes, info: TensorInfo, skip: int) -> None:
         if not self._closing.alive:

@@ -35,19 +35,19 @@ class GGUFStage:
             return None
         from quantdock_gguf.architecture import GGUFCheckpoint
         from quantdock_gguf.config import is_new_style
+        from quantdock_gguf.header import read_header
         from quantdock_gguf.reader import GGUFTensorReader
 
         paths = all_parts(source, name)
-        readers = [GGUFTensorReader(path) for path in paths]
-        headers = tuple(reader.header for reader in readers)
+        headers = tuple(read_header(path) for path in paths)
         check_parts(headers)
-        # transformers unpacks the blocks of these architectures in the dtype of the model, of all others in float32.
-        block_dtype = _dtype(config, options) if is_new_style(headers[0].architecture) else torch.float32
+        dtype, computed = _dtype(config, options), is_new_style(headers[0].architecture)
+        readers = [GGUFTensorReader(header, dtype=dtype, compute_in_dtype=computed) for header in headers]
         return GGUFCheckpoint(
             format="gguf",
             files=tuple(paths),
-            tensors={tensor.name: tensor for reader in readers for tensor in reader.tensors(block_dtype=block_dtype)},
-            metadata={key: str(value) for key, value in headers[0].metadata.items() if key.startswith("general.")},
+            tensors={tensor.name: tensor for reader in readers for tensor in reader.tensors()},
+            metadata={key: value for key, value in headers[0].metadata.items() if isinstance(value, str)},
             headers=headers,
         )
 
@@ -65,8 +65,6 @@ class GGUFStage:
 
 
 def _dtype(config: ModelConfig, options: LoadOptions) -> torch.dtype:
-    """The dtype the load will have, as far as it is known before the checkpoint is."""
-    if isinstance(options.dtype, torch.dtype):
-        return options.dtype
-    found = getattr(torch, config.dtype or "float32", None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    """The dtype of the model, as far as it is known before the checkpoint is; else what loses nothing."""
+    wanted = options.dtype if isinstance(options.dtype, torch.dtype) else getattr(torch, config.dtype or "", None)
+    return wanted if wanted in (torch.bfloat16, torch.float16, torch.float64) else torch.float32

@@ -27,7 +27,7 @@ class TransformersArchitecture(Architecture):
         self._unexpected = _patterns(model._keys_to_ignore_on_load_unexpected)
         self._missing = _patterns(model._keys_to_ignore_on_load_missing)
         self._buffers = [name for name, _ in model.named_buffers()]
-        self._transforms: list[Any] = []
+        self._transforms: list[Any] | None = None
         self._other_parts: set[str] = set()
 
     def route(self, stored: Mapping[str, TensorSpec], slots: Mapping[str, TensorSpec]) -> Routing:
@@ -121,8 +121,10 @@ class TransformersArchitecture(Architecture):
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         if self._generation_config is not None:
             model.generation_config = self._generation_config
-        # What save_pretrained undoes: the conversions that this checkpoint needed.
-        model._weight_conversions = [transform for transform in self._transforms if transform.was_used()]
+        if self._transforms is not None:
+            # What save_pretrained undoes: the conversions that this checkpoint needed. A checkpoint of another format
+            # was routed by its own plugin, and is saved as transformers saves the architecture.
+            model._weight_conversions = [transform for transform in self._transforms if transform.was_used()]
         if outcome.quantization_config is not None:
             mark(model, outcome.quantizers, outcome.quantization_config)
 

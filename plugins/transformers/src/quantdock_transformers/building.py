@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from quantdock import ConfigError, LoadOptions, ModelConfig, Skeleton, Source
+from quantdock import Checkpoint, ConfigError, LoadOptions, ModelConfig, Skeleton, Source
 from quantdock_transformers.architecture import TransformersArchitecture
 from quantdock_transformers.configs import model_class, native_config
 
 GENERATION_CONFIG = "generation_config.json"
 
 
-def build(source: Source, config: ModelConfig, options: LoadOptions) -> Skeleton:
+def build(source: Source, config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> Skeleton:
     """The skeleton of the model that ``config`` describes.
 
     Raises:
@@ -39,9 +39,9 @@ def build(source: Source, config: ModelConfig, options: LoadOptions) -> Skeleton
         raise ConfigError(
             f"{config.origin}: {found_class.__name__} can't be built from it: {type(error).__name__}: {error}"
         ) from error
-    architecture = TransformersArchitecture(
-        model, dtype, generation_config=_generation_config(model, source), is_part=native is not whole
-    )
+    # A GGUF file is all there is to its model; what lies beside it belongs to others.
+    generation = None if checkpoint.format == "gguf" else _generation_config(model, source)
+    architecture = TransformersArchitecture(model, dtype, generation_config=generation, is_part=native is not whole)
     return Skeleton(model=model, architecture=architecture, built_by="quantdock-transformers")
 
 

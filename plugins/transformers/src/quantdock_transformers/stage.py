@@ -17,4 +17,4 @@ class TransformersStage:
             return None
         from quantdock_transformers.building import build  # imports transformers, which takes seconds
 
-        return build(source, config, options)
+        return build(source, config, checkpoint, options)

@@ -1,0 +1,130 @@
+"""What a load gives: the bytes that were announced, the same bits each time, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantdock.quantizer import QuantizationConfig
+from quantdock.reporting import report
+from quantdock.tensors import TensorSpec
+from quantdock.testing.plugins import in_new_process
+from quantdock.testing.suite import Suite, components_of, different, digest, logits, quantizer_of, values_of
+
+
+class Executing(Suite):
+    """Tests of whole loads."""
+
+    def test_declared_bytes_are_measured_bytes(
+        self, tmp_path: Path, config: QuantizationConfig, dtype: torch.dtype
+    ) -> None:
+        """Each parameter's components are what its layout declares, and the model holds the bytes that were predicted.
+
+        When it fails: compare the two numbers of the message. More measured than predicted: does a module keep a
+        tensor that isn't a component (then it belongs into ``resident`` or ``shared_nbytes``)? Users size their
+        machines by the prediction.
+        """
+        self.write(tmp_path, dtype=dtype)
+        model = self.load(tmp_path, config)
+        quantizer = quantizer_of(model)
+        for name, components in components_of(model).items():
+            layout = quantizer.layout(quantizer.parameters[name])
+            found = {part: TensorSpec.of(tensor) for part, tensor in components.items()}
+            assert layout.fits(found), f"{name!r} is {found}, its layout declares {dict(layout.components)}"
+            if layout.resident is None and not layout.variable:
+                assert layout.nbytes == sum(tensor.nbytes for tensor in components.values())
+        assert report(model).predicted_nbytes == report(model).measured_nbytes, "predicted isn't measured"
+
+    def test_two_loads_are_equal(self, folder: Path, config: QuantizationConfig) -> None:
+        """Loading twice gives the same bits and the same logits.
+
+        When it fails: is memory used that was never written (``torch.empty``), or a random number without a seed?
+        """
+        one, other = self.load(folder, config), self.load(folder, config)
+        assert not different(values_of(one), values_of(other))
+        assert torch.equal(logits(one), logits(other))
+
+    @pytest.fixture(scope="class")
+    def alone(self, tmp_path_factory: pytest.TempPathFactory) -> Callable[[QuantizationConfig], dict[str, Any]]:
+        """What comes of loading a checkpoint with seed 7 in a new process; each config is loaded once."""
+        folder = tmp_path_factory.mktemp("alone")
+        self.write(folder, seed=7)
+        found: dict[str, dict[str, Any]] = {}
+
+        def load(config: QuantizationConfig) -> dict[str, Any]:
+            asked = json.dumps(config.to_dict())
+            if asked not in found:
+                printed = in_new_process("-m", "quantdock.testing.alone", str(folder), asked, self.device or "")
+                found[asked] = json.loads(printed)
+            return found[asked]
+
+        return load
+
+    def test_loads_share_no_state(
+        self, tmp_path: Path, config: QuantizationConfig, alone: Callable[[QuantizationConfig], dict[str, Any]]
+    ) -> None:
+        """Two loads that overlap, of different checkpoints, give what each gives alone in a new process.
+
+        When it fails: something outlives a load or is seen by another: a class attribute, a module global, a cache
+        keyed by a parameter's name. Keep state in the instance, which serves one load, or nowhere.
+        """
+        self.write(tmp_path / "this", seed=7)
+        self.write(tmp_path / "before", seed=8)
+        self.write(tmp_path / "beside", seed=9, dtype=torch.float32)
+        self.load(tmp_path / "before", config)
+        this, beside = (self.plan(tmp_path / name, config) for name in ("this", "beside"))
+        beside.execute()
+        together = digest(this.execute())
+        assert together == alone(config)["digest"], "a load gives other bits beside another one than alone"
+
+    def test_workers_change_nothing(self, folder: Path, config: QuantizationConfig) -> None:
+        """Four worker threads give the same bits as one.
+
+        When it fails: ``quantize_param`` runs for several parameters at once. Keep what it works on in local
+        variables, and hold a lock around a library that can't be called from two threads.
+        """
+        one, four = self.load(folder, config, workers=1), self.load(folder, config, workers=4)
+        assert not different(values_of(one), values_of(four))
+
+    def test_load_leaves_no_trace(
+        self, config: QuantizationConfig, alone: Callable[[QuantizationConfig], dict[str, Any]]
+    ) -> None:
+        """A load changes no global setting, no environment variable and no class of torch's.
+
+        When it fails: pass what you need as arguments, and subclass instead of patching.
+        """
+        changed = alone(config)["changed"]
+        assert not changed, f"changed for everybody: {', '.join(changed)}"
+
+    def test_gradients_flow(self, folder: Path, config: QuantizationConfig) -> None:
+        """With ``capabilities.train``, gradients pass through quantized layers, so adapters can be trained.
+
+        When it fails: does ``forward`` run under ``no_grad``, or detach its input?
+        """
+        model = self.load(folder, config)
+        if not quantizer_of(model).capabilities.train:
+            pytest.skip(f"{self.method} doesn't claim that adapters can be trained")
+        embedding = model.get_parameter("embed.weight")
+        for parameter in quantizer_of(model).parameters.values():
+            x = torch.ones(4, parameter.spec.shape[-1], device=embedding.device, dtype=embedding.dtype)
+            model.get_submodule(parameter.module)(x.requires_grad_()).sum().backward()
+            assert x.grad is not None, f"no gradient came through {parameter.module!r}"
+            assert x.grad.any(), f"the gradient through {parameter.module!r} is zero"
+
+    def test_compiles_in_one_graph(self, folder: Path, config: QuantizationConfig) -> None:
+        """With ``capabilities.compile``, the model survives ``torch.compile`` without graph breaks.
+
+        When it fails: run with ``TORCH_LOGS=graph_breaks``. Branches on values and calls past torch break graphs.
+        """
+        model = self.load(folder, config)
+        if not quantizer_of(model).capabilities.compile:
+            pytest.skip(f"{self.method} doesn't claim to compile")
+        expected = logits(model)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert isinstance(compiled, torch.nn.Module)
+        assert torch.equal(logits(compiled), expected)

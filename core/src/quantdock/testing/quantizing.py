@@ -1,0 +1,121 @@
+"""What happens to one tensor: quantized without harm to it, within the bytes that were declared, and close to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantdock import saving
+from quantdock.quantizer import QuantizationConfig, Quantizer
+from quantdock.tensors import Parameter, TensorSpec
+from quantdock.testing.memory import PeakBytes, expired, weak
+from quantdock.testing.model import SmallModel
+from quantdock.testing.suite import Suite, bits_of, components_of, logits, quantizer_of, sqnr_db
+
+SLACK = 64 << 10
+FORWARD_DB = 20.0
+"""How close a layer's own arithmetic comes to that of its dequantized weight; quantized activations are allowed for."""
+
+
+class Quantizing(Suite):
+    """Tests of ``quantize_param`` and ``dequantize``."""
+
+    def test_quantize_param_leaves_its_input_alone(
+        self, tmp_path: Path, config: QuantizationConfig, dtype: torch.dtype
+    ) -> None:
+        """``quantize_param`` neither writes to the tensor it is given nor keeps it, in the result or elsewhere.
+
+        When it fails: the tensor may be a view of the mapped file. Work on a copy where you write in place
+        (``tensor.float()`` is no copy of a float32 tensor), and keep no tensor in ``self``.
+        """
+        quantizer, parameter = self._quantizer(tmp_path, config, dtype)
+        tensor = self._normal(parameter)
+        before = bits_of(tensor)
+        result = _quantized(quantizer, parameter, tensor)
+        assert bits_of(tensor) == before, "the input was written to"
+        shared = [
+            name for name, part in result.items() if part.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+        ]
+        assert not shared, f"components are views of the input: {', '.join(shared)}"
+        storage = weak(tensor.untyped_storage())
+        del tensor
+        assert expired(storage), "the input was kept: something still refers to it"
+
+    def test_working_bytes_are_enough(self, tmp_path: Path, config: QuantizationConfig, dtype: torch.dtype) -> None:
+        """``quantize_param`` needs no more memory than ``working_bytes`` says (10 % and 64 KiB are let pass).
+
+        When it fails: the memory budget of a load relies on this number. Count what is alive at the worst moment
+        beside input and result, or do the work in slices.
+        """
+        quantizer, parameter = self._quantizer(tmp_path, config, dtype, widened=8)
+        tensor = self._normal(parameter)
+        declared = quantizer.layout(parameter).working_bytes
+        with PeakBytes([tensor]) as measure:
+            result = _quantized(quantizer, parameter, tensor)
+        needed = measure.peak - sum(part.nbytes for part in result.values())
+        assert needed <= 1.1 * declared + SLACK, f"{needed} bytes needed for {parameter.spec}, {declared} declared"
+
+    def test_quantized_weights_are_close(self, tmp_path: Path, config: QuantizationConfig, dtype: torch.dtype) -> None:
+        """Every weight is as close to the original as ``min_sqnr_db`` asks.
+
+        When it fails: print which ones are off. All: is the scale right, are codes rounded and not cut off? Some: what
+        is special about their shape? bfloat16 only: is the scale computed in float32?
+        """
+        original = self.write(tmp_path, dtype=dtype)
+        model = self.load(tmp_path, config)
+        quantizer = quantizer_of(model)
+        if not quantizer.capabilities.dequantize:
+            assert sqnr_db(logits(original), logits(model)) >= self.min_sqnr_db
+            return
+        for name, components in components_of(model).items():
+            found = quantizer.dequantize(components, quantizer.parameters[name])
+            assert TensorSpec.of(found) == quantizer.parameters[name].spec, f"{name!r} comes back as another tensor"
+            quality = sqnr_db(original.get_parameter(name), found)
+            assert quality >= self.min_sqnr_db, f"{name!r}: {quality:.1f} dB"
+
+    def test_dequantized_model_is_the_same_model(
+        self, tmp_path: Path, config: QuantizationConfig, dtype: torch.dtype
+    ) -> None:
+        """``quantdock.dequantize`` gives back the original modules, and they compute what the quantized ones did.
+
+        When it fails: ``restore_module`` makes the original class on meta; and the quantized module's ``forward`` has
+        to use the weight that ``dequantize`` gives, and the bias.
+        """
+        self.write(tmp_path, dtype=dtype)
+        model = self.load(tmp_path, config)
+        if not quantizer_of(model).capabilities.dequantize:
+            pytest.skip(f"{self.method} doesn't claim to dequantize")
+        quantized = logits(model)
+        restored = saving.dequantize(model)
+        with torch.device("meta"):
+            before = dict(SmallModel({"features": self.features, "dtype": "float32"}).named_modules())
+        for name, module in restored.named_modules():
+            assert type(module) is type(before[name]), f"{name!r} came back as {type(module).__name__}"
+        assert {tensor.dtype for tensor in restored.parameters()} == {dtype}
+        assert sqnr_db(logits(restored), quantized) >= FORWARD_DB
+
+    def _quantizer(
+        self, folder: Path, config: QuantizationConfig, dtype: torch.dtype, widened: int = 1
+    ) -> tuple[Quantizer[QuantizationConfig], Parameter]:
+        """A quantizer with its plan, and a parameter it took, ``widened`` in both dimensions."""
+        self.write(folder, dtype=dtype, linear=(widened * self.features, 2 * widened * self.features))
+        quantizer = quantizer_of(self.plan(folder, config))
+        parameter = quantizer.parameters.get("extra.weight")
+        assert parameter is not None, "the linear layer 'extra' isn't quantized"
+        return quantizer, parameter
+
+    def _normal(self, parameter: Parameter) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(parameter.spec.shape, generator=generator).to(parameter.spec.dtype)
+        return values if self.device is None else values.to(self.device)
+
+
+def _quantized(
+    quantizer: Quantizer[QuantizationConfig], parameter: Parameter, tensor: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        result = quantizer.quantize_param(parameter, tensor)
+    assert result is not None, f"quantize_param returned None for {parameter.name!r}, which the quantizer had taken"
+    return dict(result)

@@ -88,7 +88,7 @@ KINDS: dict[str, Callable[[torch.Generator, int], Tensor]] = {
 }
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     kind=st.sampled_from(list(KINDS)),
     count=st.integers(1, 5000),

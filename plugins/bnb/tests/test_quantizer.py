@@ -90,7 +90,7 @@ PATTERNS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(name=NAMES, pattern=PATTERNS)
 def test_skip_list_as_in_transformers(name: str, pattern: str) -> None:
     utils = pytest.importorskip("transformers.quantizers.quantizers_utils", reason="the reference for the matching")

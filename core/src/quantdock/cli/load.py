@@ -56,7 +56,7 @@ def _sample(plan: Plan, prompt: str | None, max_new_tokens: int) -> dict[str, An
     try:
         chatter = plan.skeleton.architecture.chatter(plan.source)
         if chatter is None:
-            raise UnsupportedError("no sample: the model generates no text, or the source has no tokenizer")
+            raise UnsupportedError("there is no sample: the model generates no text, or the source has no tokenizer")
         text = chatter.complete(prompt or _PROMPT, max_new_tokens=max_new_tokens)
     except QuantdockError as error:
         if prompt is not None:

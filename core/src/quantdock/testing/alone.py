@@ -1,10 +1,11 @@
-"""A load in a process of its own: ``python -m quantdock.testing.alone FOLDER CONFIG [DEVICE]`` prints what came of it."""
+"""A load in a process of its own: ``python -m quantdock.testing.alone FOLDER CONFIG [DEVICE]`` prints what it did."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ def main(folder: str, config: str, device: str = "") -> None:
 
     Prints, as JSON: ``digest`` of the model, and ``changed``, the global settings that the quantized load changed.
     """
-    fixed = {"model": SmallModel, "workers": 1, "device_map": device or None}
+    fixed: dict[str, Any] = {"model": SmallModel, "workers": 1, "device_map": device or None}
     loading.plan(folder, **fixed).execute()  # what the core imports and sets isn't the plugin's doing
     before = _settings()
     model = loading.plan(folder, quantize=json.loads(config), **fixed).execute()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,9 +15,19 @@ from quantdock.tensors import TensorSpec
 from quantdock.testing.plugins import in_new_process
 from quantdock.testing.suite import Suite, components_of, different, digest, logits, quantizer_of, values_of
 
+SEED = 7
+"""Of a checkpoint that no other test loads."""
+
 
 class Executing(Suite):
     """Tests of whole loads."""
+
+    seen_alone: ClassVar[dict[str, dict[str, Any]]]
+    """Loads in processes of their own, by config: a new process costs seconds."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.seen_alone = {}
 
     def test_declared_bytes_are_measured_bytes(
         self, tmp_path: Path, config: QuantizationConfig, dtype: torch.dtype
@@ -49,38 +58,20 @@ class Executing(Suite):
         assert not different(values_of(one), values_of(other))
         assert torch.equal(logits(one), logits(other))
 
-    @pytest.fixture(scope="class")
-    def alone(self, tmp_path_factory: pytest.TempPathFactory) -> Callable[[QuantizationConfig], dict[str, Any]]:
-        """What comes of loading a checkpoint with seed 7 in a new process; each config is loaded once."""
-        folder = tmp_path_factory.mktemp("alone")
-        self.write(folder, seed=7)
-        found: dict[str, dict[str, Any]] = {}
-
-        def load(config: QuantizationConfig) -> dict[str, Any]:
-            asked = json.dumps(config.to_dict())
-            if asked not in found:
-                printed = in_new_process("-m", "quantdock.testing.alone", str(folder), asked, self.device or "")
-                found[asked] = json.loads(printed)
-            return found[asked]
-
-        return load
-
-    def test_loads_share_no_state(
-        self, tmp_path: Path, config: QuantizationConfig, alone: Callable[[QuantizationConfig], dict[str, Any]]
-    ) -> None:
+    def test_loads_share_no_state(self, tmp_path: Path, config: QuantizationConfig) -> None:
         """Two loads that overlap, of different checkpoints, give what each gives alone in a new process.
 
         When it fails: something outlives a load or is seen by another: a class attribute, a module global, a cache
         keyed by a parameter's name. Keep state in the instance, which serves one load, or nowhere.
         """
-        self.write(tmp_path / "this", seed=7)
-        self.write(tmp_path / "before", seed=8)
-        self.write(tmp_path / "beside", seed=9, dtype=torch.float32)
+        self.write(tmp_path / "this", seed=SEED)
+        self.write(tmp_path / "before", seed=SEED + 1)
+        self.write(tmp_path / "beside", seed=SEED + 2, dtype=torch.float32)
         self.load(tmp_path / "before", config)
         this, beside = (self.plan(tmp_path / name, config) for name in ("this", "beside"))
         beside.execute()
-        together = digest(this.execute())
-        assert together == alone(config)["digest"], "a load gives other bits beside another one than alone"
+        found = digest(this.execute())
+        assert found == self.alone(tmp_path, config)["digest"], "a load gives other bits beside another than alone"
 
     def test_workers_change_nothing(self, folder: Path, config: QuantizationConfig) -> None:
         """Four worker threads give the same bits as one.
@@ -91,14 +82,12 @@ class Executing(Suite):
         one, four = self.load(folder, config, workers=1), self.load(folder, config, workers=4)
         assert not different(values_of(one), values_of(four))
 
-    def test_load_leaves_no_trace(
-        self, config: QuantizationConfig, alone: Callable[[QuantizationConfig], dict[str, Any]]
-    ) -> None:
+    def test_load_leaves_no_trace(self, tmp_path: Path, config: QuantizationConfig) -> None:
         """A load changes no global setting, no environment variable and no class of torch's.
 
         When it fails: pass what you need as arguments, and subclass instead of patching.
         """
-        changed = alone(config)["changed"]
+        changed = self.alone(tmp_path, config)["changed"]
         assert not changed, f"changed for everybody: {', '.join(changed)}"
 
     def test_gradients_flow(self, folder: Path, config: QuantizationConfig) -> None:
@@ -128,3 +117,12 @@ class Executing(Suite):
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert isinstance(compiled, torch.nn.Module)
         assert torch.equal(logits(compiled), expected)
+
+    def alone(self, tmp_path: Path, config: QuantizationConfig) -> dict[str, Any]:
+        """What comes of a load in a new process; one is enough for each config, since they are the same by contract."""
+        asked = json.dumps(config.to_dict())
+        if asked not in self.seen_alone:
+            self.write(tmp_path / "alone", seed=SEED)
+            printed = in_new_process("-m", "quantdock.testing.alone", str(tmp_path / "alone"), asked, self.device or "")
+            self.seen_alone[asked] = json.loads(printed)
+        return self.seen_alone[asked]

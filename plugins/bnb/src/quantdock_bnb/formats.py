@@ -15,6 +15,10 @@ from quantdock_bnb.config import COMPUTE_DTYPES, DEFAULT_BLOCKSIZE, QUANT_TYPES,
 from quantdock_bnb.modules import Linear4bit, Linear8bitLt
 
 
+_TRANSPOSING = 64 << 10
+"""More than torch takes to copy a transposed matrix, tile by tile."""
+
+
 class Format(ABC):
     """One way of bitsandbytes to store the weight of a linear layer."""
 
@@ -202,7 +206,8 @@ class EightBit(Format):
     def layout(self, parameter: Parameter) -> Layout:
         shape = states.stored_shape(parameter)
         if self.config.llm_int8_has_fp16_weight:
-            return Layout(components={parameter.leaf: TensorSpec(dtype=parameter.spec.dtype, shape=shape)})
+            specs = {parameter.leaf: TensorSpec(dtype=parameter.spec.dtype, shape=shape)}
+            return Layout(components=specs, working_bytes=_TRANSPOSING)
         specs = {
             parameter.leaf: TensorSpec(dtype=torch.int8, shape=shape),
             "SCB": TensorSpec(dtype=torch.float32, shape=shape[:1]),

@@ -39,8 +39,8 @@ def build(source: Source, config: ModelConfig, checkpoint: Checkpoint, options: 
         raise ConfigError(
             f"{config.origin}: {found_class.__name__} can't be built from it: {type(error).__name__}: {error}"
         ) from error
-    # A GGUF file is all there is to its model; what lies beside it belongs to others.
-    generation = None if checkpoint.format == "gguf" else _generation_config(model, source)
+    # Other formats hold their model in one file; what lies beside it belongs to others.
+    generation = _generation_config(model, source) if checkpoint.format in ("safetensors", "pickle") else None
     architecture = TransformersArchitecture(model, dtype, generation_config=generation, is_part=native is not whole)
     return Skeleton(model=model, architecture=architecture, built_by="quantdock-transformers")
 

@@ -7,12 +7,15 @@ What comes back is the architecture's own class.
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any, ClassVar
 
 import torch
 
 from quantdock.errors import ConfigError
 from quantdock.loading import load
+from quantdock.matching import NEW_HEAD
+from quantdock.reporting import report
 
 _SAME = {
     "cache_dir",
@@ -79,7 +82,7 @@ class _AutoClass:
         if gguf_file is not None:
             extras["gguf_file"] = gguf_file
         settled = dtype if dtype is not None else torch_dtype
-        return load(
+        model = load(
             pretrained_model_name_or_path,
             task=cls.task,
             dtype="auto" if settled is None else settled,
@@ -87,6 +90,12 @@ class _AutoClass:
             extras=extras,
             **arguments,
         )
+        new = [name for name, reason in report(model).ledger.allowed.items() if reason == NEW_HEAD]
+        if new:
+            warnings.warn(
+                f"the checkpoint has no {', '.join(new)}; initialised anew, to be trained before use", stacklevel=2
+            )
+        return model
 
 
 class AutoModel(_AutoClass):

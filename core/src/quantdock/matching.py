@@ -23,6 +23,9 @@ from quantdock.registry import Chosen, Rule, Selection
 from quantdock.tensors import Parameter, StoredTensor, TensorSpec
 from quantdock.tying import TiedGroup, resolve_ties
 
+NEW_HEAD = "a new task head"
+"""The reason with which the drop-in classes let a head be initialised."""
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -256,7 +259,7 @@ def _take_missing(found: Match, architecture: Architecture, options: LoadOptions
         if reason is None and pattern is not None:
             reason = found.allowed[name] = f"allow_missing={pattern!r}"
         if reason is None and options.extras.get("allow_new_head") and architecture.is_head(name):
-            reason = found.allowed[name] = "a new task head"
+            reason = found.allowed[name] = NEW_HEAD
         if reason is None:
             found.problems.append(
                 f"parameter {name!r} ({found.parameters[name].spec}) is not in the checkpoint; if it may be "

@@ -47,7 +47,10 @@ def of(name: str, shape: tuple[int, ...], role: Any = "linear", kind: type[nn.Mo
         (of("a.weight", (8, 8)), None),
         (of("a.weight", (8, 8), "linear-transposed"), None),
         (of("a.weight", (8, 8), "embedding"), "embedding: bitsandbytes quantizes the weights of linear layers only"),
-        (of("a.experts", (4, 8, 8), "other"), "3-D parameter: bitsandbytes quantizes the weights of linear layers only"),
+        (
+            of("a.experts", (4, 8, 8), "other"),
+            "3-D parameter: bitsandbytes quantizes the weights of linear layers only",
+        ),
         (of("a.bias", (8,), "other"), "1-D parameter: bitsandbytes quantizes"),
         (of("a.weight", (8, 8), "other", nn.Bilinear), "in Bilinear: bitsandbytes quantizes"),
         (of("weight", (8, 8)), "the model is a linear layer itself"),
@@ -78,7 +81,9 @@ def test_four_bits_need_floats_that_bitsandbytes_knows() -> None:
         module_type=nn.Linear,
         role="linear",
     )
-    with pytest.raises(UnsupportedError, match=r"a\.weight is torch\.float64; bitsandbytes quantizes float16, bfloat16"):
+    with pytest.raises(
+        UnsupportedError, match=r"a\.weight is torch\.float64; bitsandbytes quantizes float16, bfloat16"
+    ):
         BitsAndBytesQuantizer(NF4).layout(parameter)
     assert BitsAndBytesQuantizer(INT8).layout(parameter)
 

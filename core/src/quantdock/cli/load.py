@@ -52,17 +52,18 @@ def run(
 
 def _sample(plan: Plan, prompt: str | None, max_new_tokens: int) -> dict[str, Any]:
     """A continuation, or why there is none; a prompt that the user gave has to be continued."""
+    text = _PROMPT if prompt is None else prompt
     started = time.perf_counter()
     try:
         chatter = plan.skeleton.architecture.chatter(plan.source)
         if chatter is None:
             raise UnsupportedError("there is no sample: the model generates no text, or the source has no tokenizer")
-        text = chatter.complete(prompt or _PROMPT, max_new_tokens=max_new_tokens)
+        continuation = chatter.complete(text, max_new_tokens=max_new_tokens)
     except QuantdockError as error:
         if prompt is not None:
             raise
         return {"error": str(error)}
-    return {"prompt": prompt or _PROMPT, "text": text, "seconds": round(time.perf_counter() - started, 3)}
+    return {"prompt": text, "text": continuation, "seconds": round(time.perf_counter() - started, 3)}
 
 
 def _print_report(report: Report, plan: Plan) -> None:

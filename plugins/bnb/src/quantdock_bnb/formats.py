@@ -14,7 +14,6 @@ from quantdock_bnb import fourbit, int8, states
 from quantdock_bnb.config import COMPUTE_DTYPES, DEFAULT_BLOCKSIZE, QUANT_TYPES, BitsAndBytesConfig
 from quantdock_bnb.modules import Linear4bit, Linear8bitLt
 
-
 _TRANSPOSING = 64 << 10
 """More than torch takes to copy a transposed matrix, tile by tile."""
 

@@ -108,10 +108,23 @@ class CodeTable:
 
     cells: Tensor
     """``int8 [_CELLS + 1]``: the code of each cell, or ``_AMBIGUOUS`` where a bound runs through it."""
+    ranks: Tensor
+    """``int32 [_CELLS + 1]``: how many bounds are in the cells before."""
     bounds: Tensor
-    """``float32 [15]``: a value above ``i`` of them has rank ``i``."""
+    """``float32 [16]``: a value above ``i`` of them has rank ``i``; infinity closes the list."""
     codes: Tensor
     """``int8 [16]``: rank to code."""
+
+    def search(self, values: Tensor) -> Tensor:
+        """The codes of any values; no cell has two bounds, so one comparison is left to do."""
+        ranks = self.ranks.index_select(0, _cells(values))
+        ranks += values > self.bounds.index_select(0, ranks)
+        return self.codes.index_select(0, ranks)
+
+
+def _cells(values: Tensor) -> Tensor:
+    # A power of two as the factor keeps this to one rounding, so it never decreases.
+    return values.mul(_CELLS / 2).add_(_CELLS / 2).to(torch.int32)
 
 
 def _by_bitsandbytes(flat: Tensor, blocksize: int, quant_type: str, packed: Tensor, absmax: Tensor) -> None:
@@ -179,9 +192,8 @@ class _Scratch:
             return None
         torch.clamp(scales.unsqueeze(1), min=1e-38, out=self._factors).reciprocal_()
         self._blocks.mul_(self._factors)
-        # A power of two as the factor keeps this to one rounding, so it never decreases.
         torch.add(self._half, self._values, alpha=_CELLS / 2, out=self._positions)
-        self._cells.copy_(self._positions)
+        self._cells.copy_(self._positions)  # as in _cells()
         torch.index_select(table.cells, 0, self._cells, out=self._codes)
         return torch.bitwise_and(self._eights, self._signs, out=self._marks).nonzero().view(-1)
 
@@ -202,8 +214,7 @@ def _resolve(
         scales = absmax[eights.mul(8).div_(blocksize, rounding_mode="floor")]
         factors = scales.clamp_(min=1e-38).reciprocal_().unsqueeze(1)
         values = flat[:whole].view(-1, 8)[eights].float().mul_(factors)
-        ranks = torch.bucketize(values, table.bounds, out_int32=True)
-        codes = table.codes.index_select(0, ranks.view(-1)).view(torch.uint8)
+        codes = table.search(values.view(-1)).view(torch.uint8)
         packed[: whole // 2].view(-1, 4)[eights] = (codes[::2] << 4 | codes[1::2]).view(-1, 4)
 
 
@@ -220,12 +231,12 @@ def code_table(quant_type: str) -> CodeTable | None:
     bounds = (levels[:-1] + levels[1:]) / 2
     edges = torch.cat([torch.tensor([-1.0]), bounds, torch.tensor([1.0])])
     codes = _ask((edges[:-1] + edges[1:]) / 2, quant_type)
-    crossed = (bounds * (_CELLS / 2) + _CELLS / 2).to(torch.int32)
+    crossed = _cells(bounds)
     ranks = torch.bucketize(torch.arange(_CELLS + 1, dtype=torch.int32), crossed, out_int32=True)
     cells = codes.index_select(0, ranks)
     cells[crossed.long()] = _AMBIGUOUS
-    table = CodeTable(cells=cells, bounds=bounds, codes=codes)
-    return table if _agrees(table, quant_type) else None
+    table = CodeTable(cells=cells, ranks=ranks, bounds=torch.cat([bounds, torch.tensor([math.inf])]), codes=codes)
+    return table if crossed.diff().min() > 0 and _agrees(table, quant_type) else None
 
 
 def _ask(values: Tensor, quant_type: str) -> Tensor:
@@ -239,7 +250,8 @@ def _ask(values: Tensor, quant_type: str) -> Tensor:
 
 def _agrees(table: CodeTable, quant_type: str) -> bool:
     one = torch.ones(1)
-    near = [table.bounds, table.bounds.nextafter(one), table.bounds.nextafter(-one), one.expand(19)]
+    bounds = table.bounds[:-1]
+    near = [bounds, bounds.nextafter(one), bounds.nextafter(-one), one.expand(19)]
     random = torch.randn(4096, generator=torch.Generator().manual_seed(0))
     sample = torch.cat([*near, random * 0.02, random.to(torch.bfloat16).float(), torch.zeros(64), random[:7]])
     packed = torch.empty((sample.numel() + 1) // 2, dtype=torch.uint8)

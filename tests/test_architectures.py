@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import quantdock
 from tests.conftest import TinyFactory
 from tests.reference import assert_same_model
 from tests.tiny_models import UNMAKEABLE, causal_lm_architectures
+
+import quantdock
 
 ARCHITECTURES = [tiny.model_type for tiny in causal_lm_architectures()]
 

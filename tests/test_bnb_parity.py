@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quantdock
 import torch
 from tests.conftest import TinyFactory
 from tests.reference import assert_same_tensor
 from tests.tiny_models import logits_of
+
+import quantdock
 
 METHODS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},

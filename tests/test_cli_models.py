@@ -158,8 +158,9 @@ def test_a_template_that_refuses(speaker: Path) -> None:
     assert "no system role" in result.stderr
 
 
-def test_a_broken_tokenizer_is_named(speaker: Path) -> None:
-    (speaker / "tokenizer.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", '{"version": "1.0", "added_tokens": [], "model": {"type": "unknown"}}'])
+def test_a_broken_tokenizer_is_named(content: str, speaker: Path) -> None:
+    (speaker / "tokenizer.json").write_text(content)
     result = CliRunner().invoke(app, ["chat", str(speaker), "--prompt", "hello"])
     assert result.exit_code == 1
     assert "its tokenizer can't be loaded" in result.stderr

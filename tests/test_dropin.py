@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import quantdock
 import torch
 from tests.conftest import TinyFactory
 from tests.reference import assert_same_model, assert_same_state
+
+import quantdock
 
 
 def test_causal_lm_with_transformers_arguments(tiny: TinyFactory) -> None:

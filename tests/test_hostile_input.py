@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quantdock
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.conftest import TinyFactory
+
+import quantdock
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import quantdock
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import TinyFactory
 from tests.hub_server import HubServer
+
+import quantdock
 
 pytestmark = pytest.mark.hub
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quantdock
 import torch
 from tests.conftest import TinyFactory
 from tests.reference import assert_same_tensor
+
+import quantdock
 
 IDS = torch.arange(8)[None]
 SPLIT = {

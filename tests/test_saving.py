@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import quantdock
 import torch
 from safetensors import safe_open
 from tests.conftest import TinyFactory
 from tests.reference import assert_same_model
+
+import quantdock
 
 
 def files(folder: Path) -> set[str]:

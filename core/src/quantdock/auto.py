@@ -73,7 +73,7 @@ class _AutoClass:
             ConfigError: an argument is known to transformers but not supported here; it is never ignored.
         """
         if load_in_4bit or load_in_8bit:
-            raise ConfigError("load_in_4bit and load_in_8bit are gone; pass quantization_config='bnb-nf4' or a config")
+            raise ConfigError("load_in_4bit and load_in_8bit are gone; pass quantization_config= a preset or a config")
         arguments = {name: kwargs.pop(name) for name in _SAME & kwargs.keys()}
         arguments |= {ours: kwargs.pop(name) for name, ours in _RENAMED.items() if name in kwargs}
         for name in _WITHOUT_EFFECT & kwargs.keys():

@@ -18,8 +18,9 @@ from quantdock.discovery import Catalog, installed
 from quantdock.errors import ConfigError, PolicyError
 from quantdock.matching import match
 from quantdock.options import LoadOptions, parse_dtype
-from quantdock.planning import Plan, assign, preprocess, resolve_placement
+from quantdock.planning import Plan
 from quantdock.policy import Policy
+from quantdock.preparing import assign, preprocess, resolve_placement
 from quantdock.registry import select
 from quantdock.source import open_source
 from quantdock.stages import add_quantizers, stage_manager

@@ -15,11 +15,11 @@ import torch
 from quantdock.architecture import Architecture, Skeleton
 from quantdock.checkpoint import Checkpoint
 from quantdock.conversion import Conversion
-from quantdock.errors import LedgerError, UnsupportedError
+from quantdock.deciding import Decision, decide
+from quantdock.errors import LedgerError
 from quantdock.options import LoadOptions
-from quantdock.patterns import is_literal, matches, matching, require_matches
-from quantdock.quantizer import Layout
-from quantdock.registry import Chosen, Rule, Selection
+from quantdock.patterns import matching, require_matches
+from quantdock.registry import Selection
 from quantdock.tensors import Parameter, StoredTensor, TensorSpec
 from quantdock.tying import TiedGroup, resolve_ties
 
@@ -28,15 +28,6 @@ NEW_HEAD = "a new task head"
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What a parameter becomes: quantized by ``chosen`` as ``layout``, or full precision for the reason ``note``."""
-
-    chosen: Chosen | None = None
-    layout: Layout | None = None
-    note: str = ""
 
 
 @dataclass(kw_only=True)
@@ -96,7 +87,8 @@ def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, opti
     _resolve_tied(found, skeleton.architecture, checkpoint)
     _check_shapes(found, checkpoint, options)
     _take_missing(found, skeleton.architecture, options)
-    _decide(found, skeleton.architecture, selection, options)
+    found.decisions, problems = decide(found, skeleton.architecture.kept(), selection, options)
+    found.problems += problems
     _check_patterns(found, checkpoint, selection, options)
     if found.problems:
         raise LedgerError(
@@ -267,77 +259,6 @@ def _take_missing(found: Match, architecture: Architecture, options: LoadOptions
             )
         else:
             found.missing[name] = reason
-
-
-def _decide(found: Match, architecture: Architecture, selection: Selection, options: LoadOptions) -> None:
-    kept = architecture.kept()
-    in_ties = found.tied.keys() | set(found.tied.values())
-    for name, parameter in found.parameters.items():
-        if name in found.tied:
-            found.decisions[name] = Decision(note=f"tied to {found.tied[name]}")
-        elif name in found.missing:
-            found.decisions[name] = Decision(note=f"initialised: {found.missing[name]}")
-        elif name in found.components:
-            found.decisions[name] = _stored_decision(found, parameter, selection)
-        elif selection.prequantized:
-            found.decisions[name] = Decision(note="stored unquantized")
-        else:
-            found.decisions[name] = _load_decision(found, parameter, selection, kept, options)
-        if found.decisions[name].chosen is not None and name in in_ties:
-            partners = sorted(other for other, source in found.tied.items() if source == name)
-            found.problems.append(
-                f"parameter {name!r} is tied to {partners} and can't be quantized alone; leave it out, or untie it "
-                "with config_overrides"
-            )
-
-
-def _stored_decision(found: Match, parameter: Parameter, selection: Selection) -> Decision:
-    specs = {name: tensor.spec for name, tensor in found.components[parameter.name].items()}
-    refusals = []
-    for rule in selection.rules:
-        if rule.chosen is None or not matches(rule.pattern, parameter.name):
-            continue
-        refusal = rule.chosen.quantizer.refusal(parameter)
-        if refusal is not None:
-            refusals.append(f"{rule.chosen.label}: {refusal}")
-            continue
-        try:
-            return Decision(chosen=rule.chosen, layout=rule.chosen.quantizer.stored_layout(parameter, specs))
-        except UnsupportedError as error:
-            refusals.append(str(error))
-    found.problems.append(
-        f"parameter {parameter.name!r} is stored quantized ({', '.join(specs)}), but can't be loaded: "
-        + ("; ".join(refusals) or "no quantizer of this load takes it")
-    )
-    return Decision()
-
-
-def _load_decision(
-    found: Match, parameter: Parameter, selection: Selection, kept: Mapping[str, str], options: LoadOptions
-) -> Decision:
-    rule = next((rule for rule in selection.rules if matches(rule.pattern, parameter.name)), None)
-    if rule is None or rule.chosen is None:
-        if not selection.rules:
-            return Decision(note="not asked for")
-        return Decision(note="no pattern" if rule is None else f"quantize={{{rule.pattern!r}: None}}")
-    skipped = matching(options.skip, parameter.name)
-    if skipped is not None:
-        return Decision(note=f"skip={skipped!r}")
-    refusal = rule.chosen.quantizer.refusal(parameter)
-    if refusal is None and parameter.name in kept and not _named_by(rule, parameter):
-        refusal = kept[parameter.name]
-    if refusal is not None:
-        return Decision(note=refusal)
-    try:
-        return Decision(chosen=rule.chosen, layout=rule.chosen.quantizer.layout(parameter))
-    except UnsupportedError as error:
-        found.problems.append(f"parameter {parameter.name!r} can't be quantized with {rule.chosen.label}: {error}")
-        return Decision()
-
-
-def _named_by(rule: Rule, parameter: Parameter) -> bool:
-    """Whether the user spelled this parameter (or its module) out, which overrules the architecture's skip list."""
-    return is_literal(rule.pattern) and rule.pattern in (parameter.name, parameter.module)
 
 
 def _check_patterns(found: Match, checkpoint: Checkpoint, selection: Selection, options: LoadOptions) -> None:

@@ -144,7 +144,7 @@ def _requirements(path: Path, key: str, values: object) -> tuple[Requirement, ..
     from packaging.requirements import InvalidRequirement, Requirement
 
     if not isinstance(values, list):
-        raise PolicyError(f'policy {path}: {key} = {values!r}, expected a list such as ["quantdock-bnb>=0.1,<1"]')
+        raise PolicyError(f'policy {path}: {key} = {values!r}, expected a list such as ["quantdock-NAME>=0.1,<1"]')
     try:
         return tuple(Requirement(str(value)) for value in values)
     except InvalidRequirement as error:

@@ -124,7 +124,7 @@ def measured_nbytes(model: torch.nn.Module) -> int:
     """Bytes of every tensor that the model holds, each storage region once.
 
     Looks where tensors are kept: parameters, buffers, attributes of modules and parameters, and the plain objects
-    and containers that those point to (bitsandbytes' ``QuantState``, for one).
+    and containers that those point to (a quantizer's state objects, for instance).
     """
     seen: set[int] = set()
     counted: set[tuple[int, int]] = set()

@@ -12,8 +12,6 @@ from pathlib import Path
 from quantdock.errors import SourceError
 from quantdock.options import LoadOptions, as_path
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-
 
 class Source(ABC):
     """The files a load may use; nothing outside of it is read."""
@@ -219,19 +217,14 @@ def open_source(named: str | os.PathLike[str], options: LoadOptions) -> Source:
     """The source a user names: an existing folder or file, else a repository on the Hub.
 
     Raises:
-        SourceError: it is a path that doesn't exist, or a file of no known kind.
+        SourceError: it can only be a path, and doesn't exist.
     """
     path = as_path(named)
     name = os.fspath(named)
     if path.is_dir():
         return FolderSource(name, path)
     if path.is_file():
-        if path.suffix not in _WEIGHT_SUFFIXES:
-            raise SourceError(
-                f"{path} is a file, but no weight file that is known by its suffix ({', '.join(_WEIGHT_SUFFIXES)}). "
-                "Name the folder that it is in, or the weight file."
-            )
         return FileSource(name, path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in _WEIGHT_SUFFIXES:
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise SourceError(f"{path.absolute()} doesn't exist. Name a folder, a weight file, or a Hub id (ORG/NAME).")
     return HubSource(name, options)

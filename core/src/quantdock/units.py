@@ -9,8 +9,9 @@ import torch
 
 from quantdock.checkpoint import Checkpoint
 from quantdock.conversion import Assembly, Conversion
+from quantdock.deciding import Decision
 from quantdock.ledger import Action
-from quantdock.matching import Decision, Match
+from quantdock.matching import Match
 from quantdock.placement import DISK, Placement
 from quantdock.tensors import Parameter, StoredTensor
 

@@ -42,7 +42,7 @@ def open_chat(model: Any, source: Source) -> TransformersChatter | None:
         tokenizer = AutoTokenizer.from_pretrained(
             str(source.root), trust_remote_code=False, local_files_only=True, **arguments
         )
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more precise for a broken file
         raise UnsupportedError(
             f"{source.name}: its tokenizer can't be loaded: {type(error).__name__}: {error}"
         ) from error

@@ -1,0 +1,109 @@
+"""Which quantizer takes which parameter, and why the rest stays in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantdock.errors import UnsupportedError
+from quantdock.options import LoadOptions
+from quantdock.patterns import is_literal, matches, matching
+from quantdock.quantizer import Layout
+from quantdock.registry import Chosen, Rule, Selection
+from quantdock.tensors import Parameter, StoredTensor
+
+if TYPE_CHECKING:
+    from quantdock.matching import Match
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a parameter becomes: quantized by ``chosen`` as ``layout``, or full precision for the reason ``note``."""
+
+    chosen: Chosen | None = None
+    layout: Layout | None = None
+    note: str = ""
+    problem: str = ""
+    """Why the load can't go on; empty when it can."""
+
+
+def decide(
+    found: Match, kept: Mapping[str, str], selection: Selection, options: LoadOptions
+) -> tuple[dict[str, Decision], list[str]]:
+    """A decision for every parameter, and what is wrong with them.
+
+    Args:
+        found: both sides of the ledger so far: ties, what is missing, what is stored quantized.
+        kept: parameters that the architecture leaves alone by default -> reason.
+        selection: the quantizers and their patterns.
+        options: the user's ``skip``.
+    """
+    decisions = {}
+    for name, parameter in found.parameters.items():
+        if name in found.tied:
+            decisions[name] = Decision(note=f"tied to {found.tied[name]}")
+        elif name in found.missing:
+            decisions[name] = Decision(note=f"initialised: {found.missing[name]}")
+        elif name in found.components:
+            decisions[name] = _for_stored(parameter, found.components[name], selection)
+        elif selection.prequantized:
+            decisions[name] = Decision(note="stored unquantized")
+        else:
+            decisions[name] = _for_loading(parameter, selection, kept, options)
+    problems = [decision.problem for decision in decisions.values() if decision.problem]
+    for name in sorted(set(found.tied.values())):
+        if decisions[name].chosen is not None:
+            partners = sorted(other for other, source in found.tied.items() if source == name)
+            problems.append(
+                f"parameter {name!r} is tied to {partners} and can't be quantized alone; leave it out, or untie it "
+                "with config_overrides"
+            )
+    return decisions, problems
+
+
+def _for_stored(parameter: Parameter, components: Mapping[str, StoredTensor], selection: Selection) -> Decision:
+    """A parameter that the checkpoint holds quantized goes to the first quantizer that can load it."""
+    specs = {name: tensor.spec for name, tensor in components.items()}
+    refusals = []
+    for rule in selection.rules:
+        if rule.chosen is None or not matches(rule.pattern, parameter.name):
+            continue
+        refusal = rule.chosen.quantizer.refusal(parameter)
+        if refusal is not None:
+            refusals.append(f"{rule.chosen.label}: {refusal}")
+            continue
+        try:
+            return Decision(chosen=rule.chosen, layout=rule.chosen.quantizer.stored_layout(parameter, specs))
+        except UnsupportedError as error:
+            refusals.append(str(error))
+    reasons = "; ".join(refusals) or "no quantizer of this load takes it"
+    return Decision(
+        problem=f"parameter {parameter.name!r} is stored quantized ({', '.join(specs)}), but can't be loaded: {reasons}"
+    )
+
+
+def _for_loading(parameter: Parameter, selection: Selection, kept: Mapping[str, str], options: LoadOptions) -> Decision:
+    """A parameter in full precision goes where the first matching rule says, if everybody agrees."""
+    rule = next((rule for rule in selection.rules if matches(rule.pattern, parameter.name)), None)
+    if rule is None or rule.chosen is None:
+        if not selection.rules:
+            return Decision(note="not asked for")
+        return Decision(note="no pattern" if rule is None else f"quantize={{{rule.pattern!r}: None}}")
+    skipped = matching(options.skip, parameter.name)
+    if skipped is not None:
+        return Decision(note=f"skip={skipped!r}")
+    refusal = rule.chosen.quantizer.refusal(parameter)
+    if refusal is None and parameter.name in kept and not _spells_out(rule, parameter):
+        refusal = kept[parameter.name]
+    if refusal is not None:
+        return Decision(note=refusal)
+    try:
+        return Decision(chosen=rule.chosen, layout=rule.chosen.quantizer.layout(parameter))
+    except UnsupportedError as error:
+        return Decision(problem=f"parameter {parameter.name!r} can't be quantized with {rule.chosen.label}: {error}")
+
+
+def _spells_out(rule: Rule, parameter: Parameter) -> bool:
+    """Whether the user wrote this parameter's or its module's name, which overrules the architecture's skip list."""
+    return is_literal(rule.pattern) and rule.pattern in (parameter.name, parameter.module)

@@ -1,0 +1,86 @@
+"""Between matching and loading: quantizers learn what is theirs, modules are swapped, devices are chosen."""
+
+from __future__ import annotations
+
+import pluggy
+import torch
+
+from quantdock.architecture import Skeleton
+from quantdock.errors import PlacementError, PluginError
+from quantdock.matching import Match
+from quantdock.options import LoadOptions
+from quantdock.placement import DISK, Placement, place
+from quantdock.registry import Selection
+
+
+def assign(selection: Selection, match: Match) -> None:
+    """Tell each quantizer which parameters are its own."""
+    for chosen in selection:
+        mine = {name: d for name, d in match.decisions.items() if d.chosen is chosen}
+        chosen.quantizer.parameters = {name: match.parameters[name] for name in mine}
+        chosen.quantizer.stored = {
+            name: {part: tensor.spec for part, tensor in match.components[name].items()}
+            for name in mine
+            if name in match.components
+        }
+
+
+def preprocess(skeleton: Skeleton, match: Match, hooks: pluggy.PluginManager) -> None:
+    """Run the stage, and hold it to its word: all on meta, and nothing changed but what quantizers own.
+
+    Raises:
+        PluginError: a plugin touched a parameter that isn't its own, or put one off the meta device.
+    """
+    model = skeleton.model
+    # Some classes create parameters that torch's meta context can't catch; those are the architecture's doing.
+    real_before = {id(slot) for slot in model.parameters() if not slot.is_meta}
+    hooks.hook.preprocess_model(model=model)
+    state = model.state_dict(keep_vars=True)
+    problems = []
+    for name, parameter in match.parameters.items():
+        if match.decisions[name].chosen is not None:
+            continue
+        slot = state.get(name)
+        if slot is None:
+            problems.append(f"{name!r} is gone")
+        elif tuple(slot.shape) != parameter.spec.shape:
+            problems.append(f"{name!r} became {list(slot.shape)}")
+    problems += [
+        f"{name!r} is on {slot.device}"
+        for name, slot in model.named_parameters()
+        if not slot.is_meta and id(slot) not in real_before
+    ]
+    if problems:
+        raise PluginError(
+            "preprocess_model may swap only the modules of the quantizer's own parameters, on the meta device; after "
+            "it " + "; ".join(problems[:5])
+        )
+
+
+def resolve_placement(skeleton: Skeleton, match: Match, selection: Selection, options: LoadOptions) -> Placement:
+    """Devices for every parameter, and each quantizer's word that it runs there.
+
+    Raises:
+        PlacementError, UnsupportedError: they don't exist, or a method doesn't run on one.
+    """
+    sizes = {name: resident_nbytes(match, name) for name in match.parameters}
+    preferred = next((d for c in selection if (d := c.quantizer.preferred_device()) is not None), None)
+    placement = place(skeleton.model, sizes, match.tied, skeleton.architecture.no_split_modules(), options, preferred)
+    for chosen in selection:
+        devices = {str(placement.device_of(name)): name for name in chosen.quantizer.parameters}
+        for device, name in devices.items():
+            if device == DISK:
+                raise PlacementError(
+                    f"{name!r} is quantized with {chosen.label} and can't be offloaded to disk; name more memory, or "
+                    "leave that module unquantized"
+                )
+            chosen.quantizer.check_device(torch.device(device))
+    return placement
+
+
+def resident_nbytes(match: Match, name: str) -> int:
+    """Bytes that one parameter takes in the loaded model; 0 when it shares another's tensor."""
+    if name in match.tied:
+        return 0
+    layout = match.decisions[name].layout
+    return match.parameters[name].spec.nbytes if layout is None else layout.nbytes

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure all cases, print the table; 1 if a contender failed."""
+    """Measure all cases, print the table; 1 if a contender failed. Ctrl-C ends it with the cases that are done."""
     measured: dict[str, Outcomes] = {}
     failures: dict[str, str] = {}
     with checkpoints(options) as (checkpoint, tiny):
@@ -58,18 +58,23 @@ def run(options: argparse.Namespace) -> int:
             except contenders.ContenderError as error:
                 failures[case] = str(error)
                 print(f"failed: {error}", file=sys.stderr, flush=True)
+            except KeyboardInterrupt:
+                failures[case] = "interrupted"
+                break
             else:
-                ready = {name: Spread.of([one.ready_seconds for one in runs]) for name, runs in measured[case].items()}
-                progress = ", ".join(f"{name} {seconds}" for name, seconds in ready.items())
-                print(f"{case}: ready after {progress}", file=sys.stderr, flush=True)
-        data = _as_data(measured, failures, checkpoint, options)
+                print(f"{case}: ready after {_summary(measured[case])}", file=sys.stderr, flush=True)
+        write_json(options, _as_data(measured, failures, checkpoint, options))
     if measured:
         first = next(iter(measured.values()))["transformers"][0]
         print(Machine.here().header(first.versions, first.threads))
         print(f"files     {options.page_cache} page cache, {options.runs} runs each\n")
         print(table(_HEADER, [row for case, outcomes in measured.items() for row in _rows(case, outcomes)]))
-    write_json(options, data)
     return 1 if failures else 0
+
+
+def _summary(outcomes: Outcomes) -> str:
+    seconds = {name: Spread.of([one.ready_seconds for one in runs]) for name, runs in outcomes.items()}
+    return ", ".join(f"{name} {spread} s" for name, spread in seconds.items())
 
 
 def _measure(case: str, checkpoint: Checkpoint, tiny: Checkpoint, options: argparse.Namespace) -> Outcomes:

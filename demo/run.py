@@ -14,7 +14,7 @@ from fetch_model import fetch
 
 QUESTION = "What is the capital of France?"
 ANSWER = "Paris"
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 12
 
 
 def main() -> int:

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import quantdock
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import quantdock
 from quantdock.engine import Budget
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -102,9 +103,8 @@ def test_an_error_in_a_unit_stops_the_load_and_names_its_place(tmp_path: Path) -
         version="1.2.3",
         entry_points={"quantdock.quantizers": {"breaks": "breaks_plugin:Breaks"}},
         modules={"breaks_plugin": module},
-    ):
-        with pytest.raises(quantdock.LoadError) as caught:
-            quantdock.load(tmp_path / "model", model=Plain, quantize={"quant_method": "breaks"}, workers=2)
+    ), pytest.raises(quantdock.LoadError) as caught:
+        quantdock.load(tmp_path / "model", model=Plain, quantize={"quant_method": "breaks"}, workers=2)
     error = caught.value
     assert error.parameter == "layers.1.weight"
     assert error.stored == ("layers.1.weight",)
@@ -147,8 +147,9 @@ def test_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 
 def test_casting_goes_in_slices(tmp_path: Path) -> None:
     """A cast of a large parameter has one slice in flight, not the tensor."""
-    from quantdock.units import SLICE
     from safetensors.torch import save_file
+
+    from quantdock.units import SLICE
 
     class Wide(torch.nn.Module):
         def __init__(self) -> None:

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import quantdock
 import torch
 from safetensors.torch import load_file, save_file
+
+import quantdock
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plain import IDS, Plain, write_plain

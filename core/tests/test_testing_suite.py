@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
-from quantdock.testing import PeakBytes, QuantizerConformance, installed_plugin
+
+from quantdock.testing import QuantizerConformance, installed_plugin
 
 pytest_plugins = ["pytester"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "architecture": ("Architecture", "LoadOutcome", "Routing", "Skeleton"),
+    "architecture": ("Architecture", "Chatter", "LoadOutcome", "Routing", "Skeleton"),
     "auto": (
         "AutoModel",
         "AutoModelForCausalLM",
@@ -44,6 +44,7 @@ _HOMES = {
         "UnsupportedError",
     ),
     "hookspecs": ("hookimpl",),
+    "inspecting": ("Inspection", "inspect"),
     "loading": ("load", "plan"),
     "options": ("LoadOptions",),
     "planning": ("Plan",),
@@ -68,10 +69,12 @@ __all__ = [
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "Capabilities",
+    "Chatter",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
     "Conversion",
+    "Inspection",
     "Layout",
     "LedgerError",
     "LoadError",
@@ -103,6 +106,7 @@ __all__ = [
     "UnsupportedError",
     "dequantize",
     "hookimpl",
+    "inspect",
     "load",
     "plan",
     "presets",
@@ -115,7 +119,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from quantdock.architecture import Architecture, LoadOutcome, Routing, Skeleton
+    from quantdock.architecture import Architecture, Chatter, LoadOutcome, Routing, Skeleton
     from quantdock.auto import (
         AutoModel,
         AutoModelForCausalLM,
@@ -147,6 +151,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from quantdock.hookspecs import hookimpl
+    from quantdock.inspecting import Inspection, inspect
     from quantdock.loading import load, plan
     from quantdock.options import LoadOptions
     from quantdock.planning import Plan

@@ -23,7 +23,8 @@ NESTED_BLOCKSIZE = 256
 
 CHUNK = 28672
 """Elements worked on at a time: a multiple of every block size, whose temporaries stay in the cache, and few enough
-(up to 32768) that torch runs each step in the calling thread, which may be one of many."""
+(up to 32768) that torch runs each step in the calling thread, which may be one of many. Steps that torch would split
+between threads earlier than that (indexing, rounding, searching) are avoided."""
 
 _CELLS = 16384
 _AMBIGUOUS = -128
@@ -211,11 +212,11 @@ def _resolve(
     """Search the codes of the elements that the table couldn't tell, eight neighbours (four bytes) at a time."""
     whole = flat.numel() // 8 * 8
     for eights in torch.cat(pending).split(_FLUSH) if pending else ():  # type: ignore[no-untyped-call]
-        scales = absmax[eights.mul(8).div_(blocksize, rounding_mode="floor")]
+        scales = absmax.index_select(0, eights.mul(8).div_(blocksize, rounding_mode="floor"))
         factors = scales.clamp_(min=1e-38).reciprocal_().unsqueeze(1)
-        values = flat[:whole].view(-1, 8)[eights].float().mul_(factors)
+        values = flat[:whole].view(-1, 8).index_select(0, eights).float().mul_(factors)
         codes = table.search(values.view(-1)).view(torch.uint8)
-        packed[: whole // 2].view(-1, 4)[eights] = (codes[::2] << 4 | codes[1::2]).view(-1, 4)
+        packed[: whole // 2].view(-1, 4).index_copy_(0, eights, (codes[::2] << 4 | codes[1::2]).view(-1, 4))
 
 
 # The table ------------------------------------------------------------------------------------------------------------

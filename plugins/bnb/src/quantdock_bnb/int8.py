@@ -16,6 +16,9 @@ _DEVICE_CHUNK = 1 << 20
 """The same where memory is what has to be bounded, and a launch must not be too small."""
 
 
+_ROUNDER = 1.5 * 2**23
+
+
 def working_bytes(columns: int) -> int:
     """Upper bound of the temporaries of ``quantize``, on any device."""
     return 4 * max(_DEVICE_CHUNK, 12 * columns)
@@ -63,9 +66,13 @@ def _by_rows(matrix: Tensor, codes: Tensor, scales: Tensor) -> None:
     for start in range(0, count, rows):
         size = min(rows, count - start)
         x, scale = values[:size], scales[start : start + size]
-        x.copy_(half[:size].copy_(matrix[start : start + size]))
+        part = matrix[start : start + size]
+        # By way of float32 where that is exact, since torch is slow from bfloat16 to float16.
+        x.copy_(half[:size].copy_(x.copy_(part) if part.dtype.itemsize < 8 else part))
         torch.amax(torch.abs(x, out=magnitudes[:size]), 1, out=scale)
-        x.mul_((127.0 / scale).unsqueeze(1)).round_()
+        # So large a number leaves no room for a fraction: the sum is rounded to even, as round() does it. torch would
+        # split round() between threads.
+        x.mul_((127.0 / scale).unsqueeze(1)).add_(_ROUNDER).sub_(_ROUNDER)
         codes[start : start + size].copy_(x)
 
 

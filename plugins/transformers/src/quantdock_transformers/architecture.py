@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantdock import Architecture, LoadOutcome, Routing, Source, TensorSpec
+from quantdock import Architecture, Chatter, LoadOutcome, Routing, Source, TensorSpec
 from quantdock_transformers.conversions import route
 from quantdock_transformers.recognition import forget, mark
 
@@ -139,7 +139,7 @@ class TransformersArchitecture(Architecture):
     def forget_quantization(self) -> None:
         forget(self._model)
 
-    def chatter(self, source: Source) -> Any:
+    def chatter(self, source: Source) -> Chatter | None:
         from quantdock_transformers.chatting import open_chat
 
         return open_chat(self._model, source)

@@ -97,13 +97,16 @@ def test_an_error_in_a_unit_stops_the_load_and_names_its_place(tmp_path: Path) -
                 return {"weight": tensor}
         """
     )
-    with installed_plugin(
-        tmp_path / "site",
-        dist="quantdock-breaks",
-        version="1.2.3",
-        entry_points={"quantdock.quantizers": {"breaks": "breaks_plugin:Breaks"}},
-        modules={"breaks_plugin": module},
-    ), pytest.raises(quantdock.LoadError) as caught:
+    with (
+        installed_plugin(
+            tmp_path / "site",
+            dist="quantdock-breaks",
+            version="1.2.3",
+            entry_points={"quantdock.quantizers": {"breaks": "breaks_plugin:Breaks"}},
+            modules={"breaks_plugin": module},
+        ),
+        pytest.raises(quantdock.LoadError) as caught,
+    ):
         quantdock.load(tmp_path / "model", model=Plain, quantize={"quant_method": "breaks"}, workers=2)
     error = caught.value
     assert error.parameter == "layers.1.weight"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
-from quantdock.testing import QuantizerConformance, installed_plugin
+from quantdock.testing import PeakBytes, QuantizerConformance, installed_plugin
 
-pytest_plugins = ["pytester"]
-
-TOY = Path(__file__).parents[2] / "tests" / "toy_plugin" / "quantdock_toy.py"
+sys.path.insert(0, str(Path(__file__).parent))
+from broken_toys import EXAMPLE, PRELUDE, TOYS, Toy
 
 IN_NEW_PROCESSES = frozenset(
     {
@@ -23,25 +23,7 @@ IN_NEW_PROCESSES = frozenset(
         "test_load_leaves_no_trace",
     }
 )
-"""Tests that start a Python, which takes seconds; run for the sound toy and for toys that are about them."""
-
-PRELUDE = """
-from __future__ import annotations
-import dataclasses, os, time
-from dataclasses import dataclass
-from typing import ClassVar
-import torch
-from torch import nn
-from quantdock import Capabilities, Layout, UnsupportedError, hookimpl
-from quantdock_toy import ToyConfig, ToyLinear, ToyQuantizer, dequantize, quantize
-
-@dataclass(frozen=True, kw_only=True)
-class BrokenConfig(ToyConfig):
-    quant_method: ClassVar[str] = "broken"
-
-class Broken(ToyQuantizer):
-    config_class = BrokenConfig
-"""
+"""Tests that start a Python, which takes seconds: the sound toys run them all, the others those that they fail."""
 
 TESTS = """
 from quantdock.testing import QuantizerConformance
@@ -55,360 +37,94 @@ class TestBroken(QuantizerConformance):
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Toy:
-    """What is wrong with it, and what the suite has to say to that."""
+class Outcomes:
+    """A pytest plugin that keeps the names of the tests that passed and that failed."""
 
-    fails: frozenset[str]
-    quantizer: str = ""
-    """The body of its quantizer class."""
-    module: str = ""
-    """More of its module."""
-    tests: str = ""
-    """More of the class that inherits the suite."""
-    entry_points: dict[str, dict[str, str]] = field(default_factory=dict)
-    modules: dict[str, str] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.passed: set[str] = set()
+        self.failed: set[str] = set()
 
-
-def toy(*fails: str, **parts: object) -> Toy:
-    return Toy(fails=frozenset(f"test_{name}" for name in fails), **parts)  # type: ignore[arg-type]
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = report.nodeid.rpartition("::")[2].partition("[")[0]
+        if report.failed:
+            self.failed.add(name)
+        elif report.passed and report.when == "call":
+            self.passed.add(name)
 
 
-GROUPED = """
-def layout(self, parameter):
-    if parameter.spec.shape[1] % 16:
-        raise UnsupportedError("rows aren't a multiple of 16 long")
-    return super().layout(parameter)
-"""
-
-TOYS = {
-    "sound": toy(),
-    "sound in all that it claims": toy(
-        quantizer=GROUPED
-        + """
-capabilities = Capabilities(dequantize=True, train=True, compile=True)
-def check_device(self, device):
-    if device.type != "cpu":
-        raise UnsupportedError(f"no kernel for {device}; load to the CPU")
-""",
-        tests='unsupported_shape = (10, 32)\nunsupported_device = "cuda"\nheavy_modules = ("colorsys",)',
-    ),
-    "lies about its bytes": toy(
-        "declared_bytes_are_measured_bytes",
-        "saved_model_loads_bit_for_bit",
-        quantizer="""
-def layout(self, parameter):
-    return dataclasses.replace(super().layout(parameter), resident=parameter.spec.numel)
-""",
-    ),
-    "keeps the weight in full precision too": toy(
-        "declared_bytes_are_measured_bytes",
-        "saved_model_loads_bit_for_bit",
-        quantizer="""
-def install(self, model, parameter, components):
-    super().install(model, parameter, components)
-    model.get_submodule(parameter.module).cache = self.dequantize(components, parameter)
-""",
-    ),
-    "lies about its working memory": toy(
-        "working_bytes_are_enough",
-        quantizer="""
-def layout(self, parameter):
-    return dataclasses.replace(super().layout(parameter), working_bytes=parameter.spec.numel)
-""",
-    ),
-    "swaps a module that isn't its own": toy(
-        "preprocess_touches_only_its_own",
-        "dequantized_model_is_the_same_model",
-        module="class Norm(nn.LayerNorm): pass",
-        quantizer="""
-@hookimpl
-def preprocess_model(self, model):
-    super().preprocess_model(model)
-    norm = Norm(model.norm.normalized_shape, dtype=model.norm.weight.dtype, device="meta")
-    model.set_submodule("norm", norm)
-""",
-    ),
-    "tags modules that aren't its own": toy(
-        "preprocess_touches_only_its_own",
-        quantizer="""
-@hookimpl
-def preprocess_model(self, model):
-    super().preprocess_model(model)
-    model.norm.quantized_by = "broken"
-""",
-    ),
-    "swaps what is skipped": toy(
-        "skip_lists_hold",
-        quantizer="""
-@hookimpl
-def preprocess_model(self, model):
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "head":
-            model.set_submodule(name, ToyLinear(module, self.config.compute_dtype))
-""",
-    ),
-    "keeps state in its class": toy(
-        "loads_share_no_state",
-        quantizer="""
-scales: ClassVar[dict] = {}
-@hookimpl
-def quantize_param(self, parameter, tensor):
-    weight, scale = quantize(tensor)
-    return {"weight": weight, "weight_scale": self.scales.setdefault((parameter.name, scale.shape), scale).clone()}
-""",
-    ),
-    "keeps state between calls": toy(
-        "workers_change_nothing",
-        quantizer="""
-@hookimpl
-def quantize_param(self, parameter, tensor):
-    self.made = quantize(tensor)
-    mine = self.made[0].shape
-    time.sleep(0.02)
-    weight, scale = self.made
-    if weight.shape != mine:
-        weight, scale = (torch.zeros_like(part) for part in quantize(tensor))
-    return {"weight": weight.clone(), "weight_scale": scale.clone()}
-""",
-    ),
-    "rounds at random": toy(
-        "two_loads_are_equal",
-        "workers_change_nothing",
-        "loads_share_no_state",
-        quantizer="""
-@hookimpl
-def quantize_param(self, parameter, tensor):
-    weight, scale = quantize(tensor)
-    return {"weight": weight - torch.bernoulli(torch.full(weight.shape, 0.01)).to(torch.int8), "weight_scale": scale}
-""",
-    ),
-    "sets a flag for everybody": toy(
-        "load_leaves_no_trace",
-        quantizer="""
-@hookimpl
-def postprocess_model(self, model):
-    torch.set_float32_matmul_precision("highest" if os.environ.pop("AGAIN", None) else "high")
-""",
-    ),
-    "writes to its input": toy(
-        "quantize_param_leaves_its_input_alone",
-        quantizer="""
-@hookimpl
-def quantize_param(self, parameter, tensor):
-    return super().quantize_param(parameter, tensor.clamp_(-2, 2))
-""",
-    ),
-    "keeps its input": toy(
-        "quantize_param_leaves_its_input_alone",
-        quantizer="""
-@hookimpl
-def quantize_param(self, parameter, tensor):
-    self.last = tensor[0]
-    return super().quantize_param(parameter, tensor)
-""",
-    ),
-    "is too coarse": toy(
-        "quantized_weights_are_close",
-        quantizer="""
-@hookimpl
-def quantize_param(self, parameter, tensor):
-    weight, scale = quantize(tensor)
-    return {"weight": weight // 16 * 16, "weight_scale": scale}
-""",
-    ),
-    "forgets the bias": toy(
-        "dequantized_model_is_the_same_model",
-        module="""
-class Biasless(ToyLinear):
-    def forward(self, x):
-        return nn.functional.linear(x, dequantize(self.weight, self.weight_scale, x.dtype))
-""",
-        quantizer="""
-@hookimpl
-def preprocess_model(self, model):
-    for parameter in self.parameters.values():
-        linear = model.get_submodule(parameter.module)
-        model.set_submodule(parameter.module, Biasless(linear, self.config.compute_dtype))
-""",
-    ),
-    "says nothing about what it leaves alone": toy(
-        "every_parameter_is_accounted_for",
-        quantizer="""
-def refusal(self, parameter):
-    return None if parameter.role == "linear" else ""
-""",
-    ),
-    "falls back when a shape doesn't fit": toy(
-        "unfit_shape_is_an_error",
-        quantizer="""
-def refusal(self, parameter):
-    unfit = parameter.role == "linear" and parameter.spec.shape[1] % 16
-    return "rows aren't a multiple of 16 long" if unfit else super().refusal(parameter)
-""",
-        tests="unsupported_shape = (10, 32)",
-    ),
-    "says nothing about a device": toy("unfit_device_is_an_error", tests='unsupported_device = "cuda"'),
-    "drops a component when it saves": toy(
-        "declared_bytes_are_measured_bytes",
-        "quantized_weights_are_close",
-        "dequantized_model_is_the_same_model",
-        "saved_model_loads_bit_for_bit",
-        "saving_again_changes_nothing",
-        "missing_component_is_named",
-        "unexpected_component_is_named",
-        "misshapen_component_is_named",
-        "saved_storage_fields_are_fixed",
-        "saved_runtime_fields_can_change",
-        quantizer="""
-@hookimpl
-def preprocess_model(self, model):
-    super().preprocess_model(model)
-    for parameter in self.parameters.values():
-        module = model.get_submodule(parameter.module)
-        module.register_buffer("weight_scale", module._buffers.pop("weight_scale"), persistent=False)
-def components(self, model, parameter):
-    return {"weight": model.get_submodule(parameter.module).weight}
-""",
-    ),
-    "saves other values than it has": toy(
-        "saved_model_loads_bit_for_bit",
-        quantizer="""
-def components(self, model, parameter):
-    found = super().components(model, parameter)
-    return found | {"weight_scale": found["weight_scale"].bfloat16().float()}
-""",
-    ),
-    "loads components of any shape": toy(
-        "misshapen_component_is_named",
-        quantizer="""
-def stored_layout(self, parameter, found):
-    return Layout(components=found)
-""",
-    ),
-    "reads past unknown config fields": toy(
-        "unknown_config_field_is_named",
-        module="""
-class Lenient(BrokenConfig):
-    @classmethod
-    def from_dict(cls, data):
-        return super().from_dict({name: value for name, value in data.items() if name in ("bits", "compute_dtype")})
-Broken.config_class = Lenient
-""",
-    ),
-    "has a config that JSON can't hold": toy(
-        "config_survives_json",
-        module="""
-@dataclass(frozen=True, kw_only=True)
-class Pair(BrokenConfig):
-    pair: tuple[int, int] = (1, 2)
-Broken.config_class = Pair
-""",
-    ),
-    "has a config that can change": toy(
-        "config_is_frozen_data",
-        module="""
-class Loose(BrokenConfig):
-    __setattr__ = object.__setattr__
-Broken.config_class = Loose
-""",
-    ),
-    "lets nothing override, and everything": toy(
-        "saved_storage_fields_are_fixed",
-        "saved_runtime_fields_can_change",
-        module="""
-class Deaf(BrokenConfig):
-    def overridden_by(self, other):
-        return self
-Broken.config_class = Deaf
-""",
-    ),
-    "has a preset of another method": toy(
-        "presets_are_configs_of_the_method",
-        module="OTHER = ToyConfig()",
-        entry_points={"quantdock.presets": {"broken-int8": "broken_toy:OTHER"}},
-    ),
-    "imports its library at once": toy(
-        "naming_imports_nothing_heavy", module="import colorsys", tests='heavy_modules = ("colorsys",)'
-    ),
-    "is imported by every load": toy(
-        "other_loads_leave_the_plugin_alone",
-        module="class Stage: pass",
-        entry_points={"quantdock.stages": {"broken": "broken_toy:Stage"}},
-    ),
-    "is imported when Python starts": toy(
-        "listing_imports_nothing",
-        "other_loads_leave_the_plugin_alone",
-        modules={"sitecustomize": "import broken_toy"},
-    ),
-    "claims to train": toy(
-        "gradients_flow",
-        module="""
-class Detached(ToyLinear):
-    def forward(self, x):
-        return super().forward(x.detach())
-""",
-        quantizer="""
-capabilities = Capabilities(dequantize=True, train=True)
-@hookimpl
-def preprocess_model(self, model):
-    for parameter in self.parameters.values():
-        linear = model.get_submodule(parameter.module)
-        model.set_submodule(parameter.module, Detached(linear, self.config.compute_dtype))
-""",
-    ),
-    "claims to compile": toy(
-        "compiles_in_one_graph",
-        module="""
-class Looking(ToyLinear):
-    def forward(self, x):
-        return super().forward(x) if float(x.sum()) < 1e30 else x
-""",
-        quantizer="""
-capabilities = Capabilities(dequantize=True, compile=True)
-@hookimpl
-def preprocess_model(self, model):
-    for parameter in self.parameters.values():
-        linear = model.get_submodule(parameter.module)
-        model.set_submodule(parameter.module, Looking(linear, self.config.compute_dtype))
-""",
-    ),
-}
-
-
-def outcomes(pytester: pytest.Pytester, toy: Toy, *options: str) -> tuple[set[str], set[str]]:
-    """Names of the tests that passed and that failed."""
+def run_suite(folder: Path, toy: Toy, *options: str) -> Outcomes:
+    """The suite's verdict on a toy; in this process, so that torch is imported once."""
     body = textwrap.indent(toy.quantizer, "    ") or "    pass\n"
-    source = f"{PRELUDE}{body}\n    def __repr__(self): return 'broken'\n\n{toy.module}\n"
-    source += "INT8 = Broken.config_class()\n"
+    module = f"{PRELUDE}{body}\n{toy.module}\nINT8 = Broken.config_class()\n"
     entry_points = {
         "quantdock.quantizers": {"broken": "broken_toy:Broken"},
         "quantdock.presets": {"broken-int8": "broken_toy:INT8"},
     } | toy.entry_points
-    modules = {"quantdock_toy": TOY.read_text(encoding="utf-8"), "broken_toy": source} | toy.modules
-    pytester.makepyfile(test_broken=TESTS + textwrap.indent(toy.tests, "    "))
-    pytester.makeini("[pytest]\nfilterwarnings = error\n")
-    with installed_plugin(
-        pytester.path, dist="broken-toy", version="1.2.3", entry_points=entry_points, modules=modules
-    ):
-        result = pytester.inline_run("-p", "no:cacheprovider", *options)
-    passed, _, failed = result.listoutcomes()
-    return tuple({report.nodeid.rpartition("::")[2].partition("[")[0] for report in one} for one in (passed, failed))
+    modules = {"quantdock_toy": EXAMPLE.read_text(encoding="utf-8"), "broken_toy": module} | toy.modules
+    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n", encoding="utf-8")
+    file = folder / "test_broken.py"
+    file.write_text(TESTS + textwrap.indent(toy.tests, "    "), encoding="utf-8")
+    found = Outcomes()
+    fixed = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider", f"--basetemp={folder / 'tmp'}"]
+    with installed_plugin(folder, dist="broken-toy", version="1.2.3", entry_points=entry_points, modules=modules):
+        pytest.main([*fixed, "-c", str(folder / "pytest.ini"), str(file), *options], plugins=[found])
+    sys.modules.pop("test_broken", None)  # the next toy's has the same name
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
-def test_suite_finds_exactly_what_is_broken(pytester: pytest.Pytester, name: str) -> None:
+def test_suite_finds_exactly_what_is_broken(tmp_path: Path, name: str) -> None:
     toy = TOYS[name]
-    everything = name.startswith("sound") or toy.fails & IN_NEW_PROCESSES
-    left_out = () if everything else ("-k", " and ".join(f"not {test}" for test in sorted(IN_NEW_PROCESSES)))
-    passed, failed = outcomes(pytester, toy, *left_out)
-    assert failed == toy.fails
-    assert passed, "nothing was run"
+    left_out = sorted(IN_NEW_PROCESSES - toy.fails) if toy.fails else []
+    found = run_suite(tmp_path, toy, "-k", " and ".join(f"not {test}" for test in left_out))
+    assert found.failed == toy.fails
+    assert found.passed, "nothing was run"
 
 
-def test_every_test_of_the_suite_has_a_toy_that_fails_it() -> None:
+def test_each_test_of_the_suite_has_a_toy_that_fails_it() -> None:
     tests = {name for name in dir(QuantizerConformance) if name.startswith("test_")}
     broken = set().union(*(toy.fails for toy in TOYS.values()))
-    # Nothing that a plugin writes can break these two: the core alone decides them.
-    assert tests - broken == set()
+    # The report is the core's; no plugin can make it say something else.
+    assert tests - broken == {"test_report_names_the_plugin"}
+
+
+def test_each_test_of_the_suite_says_what_to_do_when_it_fails() -> None:
+    for name in dir(QuantizerConformance):
+        if name.startswith("test_"):
+            assert "When it fails:" in (getattr(QuantizerConformance, name).__doc__ or ""), name
+
+
+def test_a_test_is_replaced_only_by_an_xfail_with_a_reason() -> None:
+    name = "test_two_loads_are_equal"
+
+    def replacement(self: QuantizerConformance) -> None: ...
+
+    with pytest.raises(TypeError, match=rf"Mine.{name} replaces a test of the suite. Mark it @pytest.mark.xfail"):
+        type("Mine", (QuantizerConformance,), {name: replacement})
+    with pytest.raises(TypeError, match="replaces a test of the suite"):
+        type("Mine", (QuantizerConformance,), {name: None})
+    with pytest.raises(TypeError, match="replaces a test of the suite"):
+        type("Mine", (type("Mixin", (), {name: replacement}), QuantizerConformance), {})
+    with pytest.raises(TypeError, match="replaces a test of the suite"):
+        type("Mine", (QuantizerConformance,), {name: pytest.mark.xfail(replacement)})
+    type("Mine", (QuantizerConformance,), {name: pytest.mark.xfail(reason="rounds at random")(replacement)})
+
+
+def test_a_suite_without_a_config_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = Toy(fails=frozenset(), tests="configs = ()\npresets = ()")
+    assert not run_suite(tmp_path, toy, "--collect-only").passed
+    assert "TestBroken sets neither configs nor presets" in capsys.readouterr().out
+
+
+def test_peak_bytes_counts_what_is_alive_at_once() -> None:
+    given = torch.ones(1000)
+    with PeakBytes([given]) as measure:
+        a = given * 2  # 4000 bytes
+        b = a + a  # 8000
+        del a
+        b += 1  # in place: nothing new
+        c = b[:500].double()  # 8000: one thing went, a view is nothing, 4000 came
+        del b, c
+        given.clone()
+    assert measure.peak == 8000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -86,6 +87,34 @@ def test_four_bits_need_floats_that_bitsandbytes_knows() -> None:
     ):
         BitsAndBytesQuantizer(NF4).layout(parameter)
     assert BitsAndBytesQuantizer(INT8).layout(parameter)
+
+
+@pytest.fixture
+def other_defaults() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("other_defaults")
+def test_under_other_defaults_of_torch() -> None:
+    """bitsandbytes itself would make 4-bit code tables in the default dtype, and so wrong ones."""
+    parameter = of("a.weight", (96, 320))
+    tensor = torch.randn(96, 320)
+    for config in (NF4, NESTED):
+        quantizer = BitsAndBytesQuantizer(config)
+        quantizer.parameters = {parameter.name: parameter}
+        with pytest.raises(UnsupportedError, match=r"a\.weight: torch's default dtype is torch\.bfloat16"):
+            quantizer.quantize_param(parameter, tensor)
+    quantizer = BitsAndBytesQuantizer(INT8)
+    quantizer.parameters = {parameter.name: parameter}
+    with torch.device("meta"):
+        components = quantizer.quantize_param(parameter, tensor)
+    expected, scales, _ = bnb.functional.int8_vectorwise_quant(tensor.to(torch.float16))
+    assert components is not None
+    assert torch.equal(components["weight"], expected)
+    assert torch.equal(components["SCB"], scales)
 
 
 NAMES = st.from_regex(r"(?:(?:layer|layers|h|mlp|gate|gate_proj|fc1|lm_head|[0-9]{1,2})(?:\.|\Z)){1,5}", fullmatch=True)

@@ -58,7 +58,7 @@ class BitsAndBytesConfig(QuantizationConfig):
     llm_int8_has_fp16_weight: bool = False
     """Keep the weights in full precision and quantize them in each forward. Fixes what is stored, so it is no runtime
     field."""
-    bnb_4bit_compute_dtype: torch.dtype = runtime(torch.float32)  # noqa: RUF009 - it makes a dataclass field
+    bnb_4bit_compute_dtype: torch.dtype = runtime(torch.float32)
     bnb_4bit_quant_type: str = "fp4"
     bnb_4bit_use_double_quant: bool = False
     """Quantize the scales too, to 8 bits in blocks of 256."""

@@ -147,6 +147,11 @@ class FourBit(Format):
         return self._layout(parameter, specs | {description: blob}, working_bytes=0, variable=False)
 
     def quantize(self, parameter: Parameter, matrix: Tensor) -> dict[str, Tensor]:
+        if torch.get_default_dtype() != torch.float32:
+            raise UnsupportedError(
+                f"{parameter.name}: torch's default dtype is {torch.get_default_dtype()}, and bitsandbytes makes its "
+                "code tables in it; call torch.set_default_dtype(torch.float32) before loading"
+            )
         data, state = fourbit.quantize(
             matrix.contiguous(),
             quant_type=self.config.bnb_4bit_quant_type,
@@ -224,7 +229,7 @@ class EightBit(Format):
         if self.config.llm_int8_has_fp16_weight:
             return {parameter.leaf: matrix.clone(memory_format=torch.contiguous_format)}
         codes, scales = int8.quantize(matrix)
-        return {parameter.leaf: codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return {parameter.leaf: codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8, device="cpu")}
 
     def dequantize(self, parameter: Parameter, components: Mapping[str, Tensor]) -> Tensor:
         if self.config.llm_int8_has_fp16_weight:
@@ -261,4 +266,4 @@ class EightBit(Format):
             return {parameter.leaf: data}
         scales = module.scales()
         assert scales is not None
-        return {parameter.leaf: data, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return {parameter.leaf: data, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8, device="cpu")}

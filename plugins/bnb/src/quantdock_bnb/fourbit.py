@@ -58,14 +58,7 @@ def quantize(
             quant_type=quant_type,
             quant_storage=quant_storage,
         )
-    flat = tensor.reshape(-1)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
-    table = code_table(quant_type)
-    if table is None:
-        _by_bitsandbytes(flat, blocksize, quant_type, packed, absmax)
-    else:
-        _by_table(flat, blocksize, quant_type, table, packed, absmax)
+    packed, absmax = _codes_and_scales(tensor.reshape(-1), blocksize, quant_type)
     state = QuantState(
         absmax=absmax,
         shape=tensor.shape,
@@ -77,6 +70,17 @@ def quantize(
     if nested:
         _nest(state)
     return packed.view(quant_storage).unsqueeze(1), state
+
+
+def _codes_and_scales(flat: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device="cpu")
+    table = code_table(quant_type)
+    if table is None:
+        _by_bitsandbytes(flat, blocksize, quant_type, packed, absmax)
+    else:
+        _by_table(flat, blocksize, quant_type, table, packed, absmax)
+    return packed, absmax
 
 
 def _nest(state: QuantState) -> None:
@@ -167,16 +171,17 @@ class _Scratch:
 
     def __init__(self, size: int, blocksize: int) -> None:
         self.size = size
-        self._values, self._positions = torch.empty(2, size)
-        self._cells = torch.empty(size, dtype=torch.int32)
-        self._codes = torch.empty(size, dtype=torch.int8)
+        # Dtypes and devices are spelled out: torch's defaults are the user's to change.
+        self._values, self._positions = torch.empty(2, size, dtype=torch.float32, device="cpu")
+        self._cells = torch.empty(size, dtype=torch.int32, device="cpu")
+        self._codes = torch.empty(size, dtype=torch.int8, device="cpu")
         self._blocks = self._values.view(-1, blocksize)
         self._absolute = self._positions.view(-1, blocksize)
-        self._factors = torch.empty(size // blocksize, 1)
-        self._half = torch.tensor(_CELLS / 2)
+        self._factors = torch.empty(size // blocksize, 1, dtype=torch.float32, device="cpu")
+        self._half = torch.tensor(_CELLS / 2, dtype=torch.float32, device="cpu")
         self._eights = self._codes.view(torch.int64)
         self._marks = torch.empty_like(self._eights)
-        self._signs = torch.tensor(_AMBIGUOUS_IN_EIGHT)
+        self._signs = torch.tensor(_AMBIGUOUS_IN_EIGHT, device="cpu")
         self._pairs = self._codes.view(torch.int16)
         self._high_bytes = self._codes.view(torch.uint8)[1::2]
 
@@ -230,19 +235,22 @@ def code_table(quant_type: str) -> CodeTable | None:
     """
     levels = bnb.functional.get_4bit_type(quant_type, device="cpu").sort().values
     bounds = (levels[:-1] + levels[1:]) / 2
-    edges = torch.cat([torch.tensor([-1.0]), bounds, torch.tensor([1.0])])
+    edges = torch.cat([levels[:1], bounds, levels[-1:]])
     codes = _ask((edges[:-1] + edges[1:]) / 2, quant_type)
     crossed = _cells(bounds)
-    ranks = torch.bucketize(torch.arange(_CELLS + 1, dtype=torch.int32), crossed, out_int32=True)
+    every = torch.arange(_CELLS + 1, dtype=torch.int32, device="cpu")
+    ranks = torch.bucketize(every, crossed, out_int32=True)
     cells = codes.index_select(0, ranks)
     cells[crossed.long()] = _AMBIGUOUS
-    table = CodeTable(cells=cells, ranks=ranks, bounds=torch.cat([bounds, torch.tensor([math.inf])]), codes=codes)
+    table = CodeTable(
+        cells=cells, ranks=ranks, bounds=torch.nn.functional.pad(bounds, (0, 1), value=math.inf), codes=codes
+    )
     return table if crossed.diff().min() > 0 and _agrees(table, quant_type) else None
 
 
 def _ask(values: Tensor, quant_type: str) -> Tensor:
     """The codes that bitsandbytes gives to up to 31 values from [-1, 1]."""
-    block = torch.zeros(32)
+    block = values.new_zeros(32)
     block[: len(values)] = values
     block[-1] = 1.0
     packed, _ = torch.ops.bitsandbytes.quantize_4bit(block, 32, quant_type, torch.uint8)
@@ -250,13 +258,13 @@ def _ask(values: Tensor, quant_type: str) -> Tensor:
 
 
 def _agrees(table: CodeTable, quant_type: str) -> bool:
-    one = torch.ones(1)
     bounds = table.bounds[:-1]
+    one = torch.ones_like(bounds[:1])
     near = [bounds, bounds.nextafter(one), bounds.nextafter(-one), one.expand(19)]
-    random = torch.randn(4096, generator=torch.Generator().manual_seed(0))
-    sample = torch.cat([*near, random * 0.02, random.to(torch.bfloat16).float(), torch.zeros(64), random[:7]])
-    packed = torch.empty((sample.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-sample.numel() // 64))
+    random = torch.randn(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    sample = torch.cat([*near, random * 0.02, random.to(torch.bfloat16).float(), bounds.new_zeros(64), random[:7]])
+    packed = torch.empty((sample.numel() + 1) // 2, dtype=torch.uint8, device="cpu")
+    absmax = bounds.new_empty(-(-sample.numel() // 64))
     _by_table(sample, 64, quant_type, table, packed, absmax)
     expected, scales = torch.ops.bitsandbytes.quantize_4bit(sample, 64, quant_type, torch.uint8)
     return torch.equal(packed, expected.view(-1)) and torch.equal(absmax, scales)

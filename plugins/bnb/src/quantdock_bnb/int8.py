@@ -61,8 +61,9 @@ def _by_bitsandbytes(matrix: Tensor, codes: Tensor, scales: Tensor, chunk: int) 
 def _by_rows(matrix: Tensor, codes: Tensor, scales: Tensor) -> None:
     count, columns = matrix.shape
     rows = min(count, max(1, CHUNK // columns))
-    half = torch.empty(rows, columns, dtype=torch.float16)
-    values, magnitudes = torch.empty(2, rows, columns)
+    # Dtypes and devices are spelled out: torch's defaults are the user's to change.
+    half = torch.empty(rows, columns, dtype=torch.float16, device="cpu")
+    values, magnitudes = torch.empty(2, rows, columns, dtype=torch.float32, device="cpu")
     for start in range(0, count, rows):
         size = min(rows, count - start)
         x, scale = values[:size], scales[start : start + size]
@@ -79,10 +80,10 @@ def _by_rows(matrix: Tensor, codes: Tensor, scales: Tensor) -> None:
 @functools.cache
 def _agrees() -> bool:
     """Whether the installed bitsandbytes gives the bits of ``_by_rows``; asked once per process."""
-    sample = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    sample[:3] = torch.tensor([0.0, 1e-7, 6e4]).unsqueeze(1)
-    codes = torch.empty(sample.shape, dtype=torch.int8)
-    scales = torch.empty(len(sample))
+    sample = torch.randn(64, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    sample[:3] *= sample.new_tensor([0.0, 1e-7, 6e4]).unsqueeze(1)
+    codes = torch.empty_like(sample, dtype=torch.int8)
+    scales = sample.new_empty(len(sample))
     _by_rows(sample, codes, scales)
     expected, expected_scales, _ = bnb.functional.int8_vectorwise_quant(sample.to(torch.float16))
     return torch.equal(codes, expected) and torch.equal(scales, expected_scales)

@@ -30,7 +30,7 @@ def to_kernel(data: Tensor, state: QuantState) -> tuple[Tensor, QuantState]:
     """
     rows, columns = state.shape
     stored = data.reshape(-1).view(torch.uint8).view(rows // GROUP, GROUP, columns // 2)
-    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device="cpu")
     kernel = packed.view(rows // GROUP, columns // 2, _HALF, 2)
     step = max(1, _STEP // (GROUP * columns // 2))
     for source, target in zip(_split(stored, step), _split(kernel, step), strict=True):
@@ -54,7 +54,7 @@ def from_kernel(packed: Tensor, quant_storage: torch.dtype) -> Tensor:
     """The stored form of a weight that ``to_kernel`` made: ``quant_storage [elements, 1]``; nothing given changes."""
     rows, half = packed.shape
     kernel = packed.view(rows // GROUP, half, _HALF, 2)
-    data = torch.empty(rows * half, dtype=torch.uint8)
+    data = torch.empty(rows * half, dtype=torch.uint8, device="cpu")
     stored = data.view(rows // GROUP, GROUP, half)
     step = max(1, _STEP // (GROUP * half))
     for source, target in zip(_split(kernel, step), _split(stored, step), strict=True):

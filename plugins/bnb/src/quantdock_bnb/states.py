@@ -116,8 +116,8 @@ def read_state(parameter: Parameter, components: Mapping[str, Tensor]) -> QuantS
     if nested:
         described.expect("nested_blocksize", NESTED_BLOCKSIZE)
         described.expect("nested_dtype", "float32")
-        offset = torch.tensor(described.number("nested_offset"), dtype=torch.float32)
-        state.offset = offset.to(absmax.device)
+        offset = torch.tensor(described.number("nested_offset"), dtype=torch.float32, device=absmax.device)
+        state.offset = offset
         state.state2 = QuantState(
             absmax=components[f"{leaf}.nested_absmax"],
             code=components[f"{leaf}.nested_quant_map"],

@@ -39,6 +39,8 @@ class Outcome:
     """Resident before the load."""
     peak: int
     """Highest resident during the load."""
+    settled: int
+    """Resident when the load was over, no page touched yet."""
     peak_touched: int
     """Highest resident until every page of the model had been read."""
     peak_anonymous: int | None
@@ -66,3 +68,9 @@ class Outcome:
     def overhead(self) -> int:
         """Peak beyond what the model itself takes."""
         return self.growth - self.model_nbytes
+
+    @property
+    def passing(self) -> int:
+        """What the load had resident at its peak and gave back: the stricter look, where a part of the model is only
+        mapped and so leaves room under ``overhead``."""
+        return self.peak - self.settled

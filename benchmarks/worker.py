@@ -41,7 +41,7 @@ def measure(job: Job) -> Outcome:
         begin, cpu = time.perf_counter(), time.process_time()
         model = load(job.folder)
         loaded = time.perf_counter()
-        peak = residency.peak()
+        peak, after = residency.peak(), residency.level()
         touching = time.perf_counter()
         contents.touch(model)
         touched, cpu = time.perf_counter(), time.process_time() - cpu
@@ -54,6 +54,7 @@ def measure(job: Job) -> Outcome:
         cpu_seconds=cpu,
         level=level.anonymous + level.file,
         peak=peak,
+        settled=after.anonymous + after.file,
         peak_touched=peak_touched,
         peak_anonymous=None if sampler is None else sampler.peak_anonymous - level.anonymous,
         peak_file=None if sampler is None else sampler.peak_file - level.file,

@@ -87,7 +87,8 @@ def _verdict(case: str, outcome: Outcome, budget: int) -> str:
     words = "within" if within(outcome, budget) else "NOT WITHIN"
     return (
         f"{case}: {words} model + budget + {ALLOWANCE:.0%} = {mib(limit(outcome, budget))} MiB: quantdock's peak is "
-        f"{mib(outcome.growth)} MiB; {mib(outcome.passing)} MiB were passing, {outcome.passing / budget:.0%} of the budget"
+        f"{mib(outcome.growth)} MiB, and {mib(outcome.passing)} MiB were passing, "
+        f"{outcome.passing / budget:.0%} of the budget"
     )
 
 

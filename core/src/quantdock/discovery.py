@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -149,9 +151,24 @@ def _listed(offers: Sequence[Offer]) -> str:
     return " and ".join(offer.origin for offer in offers)
 
 
-def installed() -> list[Offer]:
-    """Every offer of every installed distribution, read from metadata; imports no plugin."""
-    offers = []
+def installed() -> tuple[Offer, ...]:
+    """Every offer of every installed distribution, read from metadata; imports no plugin.
+
+    Read anew when a folder of the import path has changed, which installing and uninstalling does.
+    """
+    return _scanned(tuple((path, _changed(path)) for path in sys.path))
+
+
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=4)
+def _scanned(_: tuple[tuple[str, int], ...]) -> tuple[Offer, ...]:
+    offers: list[Offer] = []
     seen: set[str] = set()
     for distribution in importlib_metadata.distributions():
         entries = [entry for entry in distribution.entry_points if entry.group in GROUPS]
@@ -165,7 +182,7 @@ def installed() -> list[Offer]:
             Offer(group=entry.group, name=entry.name, value=entry.value, dist=name, version=distribution.version)
             for entry in entries
         ]
-    return offers
+    return tuple(offers)
 
 
 @functools.lru_cache(maxsize=256)

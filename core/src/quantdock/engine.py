@@ -99,8 +99,9 @@ class Engine:
             for unit in units:
                 if not self.budget.take(unit.in_flight, self._stopped):
                     break
-                for source in unit.sources:
-                    source.reader.will_need(source)
+                if unit.in_flight:  # what is only mapped isn't read now
+                    for source in unit.sources:
+                        source.reader.will_need(source)
                 tasks.put(unit)
             interrupted = False
         finally:

@@ -87,7 +87,9 @@ def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, opti
     _resolve_tied(found, skeleton.architecture, checkpoint)
     _check_shapes(found, checkpoint, options)
     _take_missing(found, skeleton.architecture, options)
-    found.decisions, problems = decide(found, skeleton.architecture.kept(), selection, options)
+    quantizes = bool(selection.rules) and not selection.prequantized
+    kept = skeleton.architecture.kept() if quantizes else {}
+    found.decisions, problems = decide(found, kept, selection, options)
     found.problems += problems
     _check_patterns(found, checkpoint, selection, options)
     if found.problems:

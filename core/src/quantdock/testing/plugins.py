@@ -34,8 +34,9 @@ def installed_plugin(
     """
     site = folder / f"{dist}-{version}.site"
     _write_metadata(site, dist, version, entry_points)
+    packages = {name.rpartition(".")[0] for name in modules}
     for name, source in modules.items():
-        _write_module(site, name, source)
+        _write_module(site, f"{name}.__init__" if name in packages else name, source)
     sys.path.insert(0, str(site))
     importlib.invalidate_caches()
     try:
@@ -64,7 +65,7 @@ def _write_module(site: Path, name: str, source: str) -> None:
     for package in packages:
         parent /= package
         parent.mkdir(exist_ok=True)
-        (parent / "__init__.py").touch()
+        (parent / "__init__.py").touch()  # unless it has a source of its own, which is written over this
     (parent / f"{leaf}.py").write_text(source, encoding="utf-8")
 
 

@@ -99,9 +99,11 @@ class Engine:
             for unit in units:
                 if not self.budget.take(unit.in_flight, self._stopped):
                     break
-                if unit.in_flight:  # what is only mapped isn't read now
-                    for source in unit.sources:
-                        source.reader.will_need(source)
+                if not unit.in_flight:  # mapped: there is nothing to read, and nothing for another thread to do
+                    self._perform(unit, total)
+                    continue
+                for source in unit.sources:
+                    source.reader.will_need(source)
                 tasks.put(unit)
             interrupted = False
         finally:
@@ -123,16 +125,19 @@ class Engine:
         self.budget.wake()
 
     def _work(self, tasks: queue.SimpleQueue[Unit | None], total: tuple[int, int]) -> None:
-        with torch.no_grad():
-            while (unit := tasks.get()) is not None:
-                try:
-                    if not self._stopped():
-                        self._run_unit(unit)
-                        self._report(unit, total)
-                except BaseException as error:  # noqa: BLE001 - whatever it is, the caller's thread raises it
-                    self._fail(error)
-                finally:
-                    self.budget.give(unit.in_flight)
+        while (unit := tasks.get()) is not None:
+            self._perform(unit, total)
+
+    @torch.no_grad()
+    def _perform(self, unit: Unit, total: tuple[int, int]) -> None:
+        try:
+            if not self._stopped():
+                self._run_unit(unit)
+                self._report(unit, total)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller's thread raises it
+            self._fail(error)
+        finally:
+            self.budget.give(unit.in_flight)
 
     def _report(self, unit: Unit, total: tuple[int, int]) -> None:
         if self.notify is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self, TypeVar, get_type_hints
 
@@ -72,30 +72,31 @@ class QuantizationConfig:
         """Names of the fields a user may override for a saved checkpoint."""
         return frozenset(item.name for item in dataclasses.fields(cls) if item.metadata.get("runtime"))
 
-    def overridden_by(self, other: Self) -> Self:
-        """This config with ``other``'s runtime fields.
+    def overridden_by(self, other: Self, asked: Collection[str] | None = None) -> Self:
+        """This config, that of a saved checkpoint, with what a user overrides.
 
-        Storage fields that ``other`` leaves at their defaults count as not asked for.
+        Args:
+            other: the user's config.
+            asked: names of the fields that the user spelled out; if not given, those that differ from their defaults.
 
         Raises:
-            ConfigError: ``other`` differs in a storage field, which the saved weights have fixed.
+            ConfigError: a storage field would change, which the saved weights have fixed.
         """
-        runtime_names = self.runtime_fields()
-        differing = [
+        changed = [
             item.name
             for item in dataclasses.fields(self)
-            if item.name not in runtime_names
-            and getattr(other, item.name) not in (getattr(self, item.name), item.default)
+            if (item.name in asked if asked is not None else getattr(other, item.name) != item.default)
+            and getattr(other, item.name) != getattr(self, item.name)
         ]
-        if differing:
-            found = ", ".join(
-                f"{name}={getattr(self, name)!r} (asked for {getattr(other, name)!r})" for name in differing
-            )
+        runtime_names = self.runtime_fields()
+        fixed = [name for name in changed if name not in runtime_names]
+        if fixed:
+            found = ", ".join(f"{name}={getattr(self, name)!r} (asked for {getattr(other, name)!r})" for name in fixed)
             raise ConfigError(
                 f"the checkpoint is already quantized and fixes {found}; only {sorted(runtime_names)} can be "
                 "overridden. Drop quantize=, or load the unquantized checkpoint."
             )
-        return dataclasses.replace(self, **{name: getattr(other, name) for name in runtime_names})
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in changed})
 
 
 def _dtype_from_json(cls: type, name: str, value: Any) -> Any:

@@ -122,7 +122,7 @@ def _stored_selection(asked: Any, stored: Mapping[str, Any], catalog: Catalog) -
                 f"the checkpoint is already quantized with {config.quant_method!r}, but quantize= asks for "
                 f"{override.quant_method!r}. Drop quantize=, or load the unquantized checkpoint."
             )
-        config = config.overridden_by(override)
+        config = config.overridden_by(override, set(asked) if isinstance(asked, Mapping) else None)
     return Selection(
         rules=(Rule(pattern="*", chosen=_from_config(config, catalog, prequantized=True)),), prequantized=True
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,11 @@ class TestToy(QuantizerConformance):
     method = "toy"
     presets = ("toy-int8",)
     min_sqnr_db = 38.0
+
+
+def test_the_guide_shows_this_very_class() -> None:
+    guide = (HERE.parent / "docs" / "writing-a-plugin.md").read_text(encoding="utf-8")
+    assert inspect.getsource(TestToy).strip() in guide
 
 
 @pytest.fixture

@@ -64,6 +64,10 @@ def check_device(self, device):
 """,
         tests='unsupported_shape = (10, 32)\nunsupported_device = "cuda"\nheavy_modules = ("colorsys",)',
     ),
+    "sound, and only quantizes": toy(
+        quantizer="capabilities = Capabilities(save=False, load=False)\n", tests="min_sqnr_db = 35.0"
+    ),
+    "sound, and only loads": toy(quantizer="capabilities = Capabilities(quantize=False)\n"),
     "lies about its bytes": toy(
         "declared_bytes_are_measured_bytes",
         "saved_model_loads_bit_for_bit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import textwrap
 from pathlib import Path
@@ -26,6 +27,7 @@ IN_NEW_PROCESSES = frozenset(
 """Tests that start a Python, which takes seconds: the sound toys run them all, the others those that they fail."""
 
 TESTS = """
+import pytest
 from quantdock.testing import QuantizerConformance
 import broken_toy
 
@@ -109,6 +111,17 @@ def test_a_test_is_replaced_only_by_an_xfail_with_a_reason() -> None:
     with pytest.raises(TypeError, match="replaces a test of the suite"):
         type("Mine", (QuantizerConformance,), {name: pytest.mark.xfail(replacement)})
     type("Mine", (QuantizerConformance,), {name: pytest.mark.xfail(reason="rounds at random")(replacement)})
+
+
+def test_what_is_marked_xfail_is_no_failure(tmp_path: Path) -> None:
+    known = """
+@pytest.mark.xfail(reason="rounds at random")
+def test_two_loads_are_equal(self, folder, config):
+    super().test_two_loads_are_equal(folder, config)
+"""
+    toy = dataclasses.replace(TOYS["rounds at random"], tests=known)
+    found = run_suite(tmp_path, toy, "-k", "test_two_loads_are_equal or test_workers_change_nothing")
+    assert found.failed == {"test_workers_change_nothing"}
 
 
 def test_a_suite_without_a_config_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

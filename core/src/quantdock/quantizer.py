@@ -77,18 +77,16 @@ class QuantizationConfig:
 
         Args:
             other: the user's config.
-            asked: names of the fields that the user spelled out; if not given, those that differ from their defaults.
+            asked: names of the fields that the user spelled out. If not given, every runtime field, and the storage
+                fields that aren't at their defaults.
 
         Raises:
             ConfigError: a storage field would change, which the saved weights have fixed.
         """
-        changed = [
-            item.name
-            for item in dataclasses.fields(self)
-            if (item.name in asked if asked is not None else getattr(other, item.name) != item.default)
-            and getattr(other, item.name) != getattr(self, item.name)
-        ]
         runtime_names = self.runtime_fields()
+        if asked is None:
+            asked = runtime_names | other.beside_defaults()
+        changed = [name for name in asked if getattr(other, name, None) != getattr(self, name, None)]
         fixed = [name for name in changed if name not in runtime_names]
         if fixed:
             found = ", ".join(f"{name}={getattr(self, name)!r} (asked for {getattr(other, name)!r})" for name in fixed)
@@ -97,6 +95,10 @@ class QuantizationConfig:
                 "overridden. Drop quantize=, or load the unquantized checkpoint."
             )
         return dataclasses.replace(self, **{name: getattr(other, name) for name in changed})
+
+    def beside_defaults(self) -> frozenset[str]:
+        """Names of the fields that aren't at their defaults."""
+        return frozenset(item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default)
 
 
 def _dtype_from_json(cls: type, name: str, value: Any) -> Any:

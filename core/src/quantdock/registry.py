@@ -122,10 +122,17 @@ def _stored_selection(asked: Any, stored: Mapping[str, Any], catalog: Catalog) -
                 f"the checkpoint is already quantized with {config.quant_method!r}, but quantize= asks for "
                 f"{override.quant_method!r}. Drop quantize=, or load the unquantized checkpoint."
             )
-        config = config.overridden_by(override, set(asked) if isinstance(asked, Mapping) else None)
+        config = config.overridden_by(override, _spelled_out(asked, override))
     return Selection(
         rules=(Rule(pattern="*", chosen=_from_config(config, catalog, prequantized=True)),), prequantized=True
     )
+
+
+def _spelled_out(asked: Any, config: QuantizationConfig) -> frozenset[str] | None:
+    """The fields that a user named in an override; foreign config objects don't tell, so what isn't a default is."""
+    if isinstance(asked, Mapping):
+        return frozenset(asked) & frozenset(vars(config))
+    return None if asked is config or isinstance(asked, str) else config.beside_defaults()
 
 
 def _choose(value: Any, catalog: Catalog) -> Chosen | None:

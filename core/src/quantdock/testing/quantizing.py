@@ -30,8 +30,8 @@ class Quantizing(Suite):
         When it fails: the tensor may be a view of the mapped file. Work on a copy where you write in place
         (``tensor.float()`` is no copy of a float32 tensor), and keep no tensor in ``self``.
         """
-        quantizer, parameter = self._quantizer(tmp_path, config, dtype)
-        tensor = self._normal(parameter)
+        quantizer, parameter, device = self._quantizer(tmp_path, config, dtype)
+        tensor = _normal(parameter, device)
         before = bits_of(tensor)
         result = _quantized(quantizer, parameter, tensor)
         assert bits_of(tensor) == before, "the input was written to"
@@ -49,8 +49,8 @@ class Quantizing(Suite):
         When it fails: the memory budget of a load relies on this number. Count what is alive at the worst moment
         beside input and result, or do the work in slices.
         """
-        quantizer, parameter = self._quantizer(tmp_path, config, dtype, widened=8)
-        tensor = self._normal(parameter)
+        quantizer, parameter, device = self._quantizer(tmp_path, config, dtype, widened=8)
+        tensor = _normal(parameter, device)
         declared = quantizer.layout(parameter).working_bytes
         with PeakBytes([tensor]) as measure:
             result = _quantized(quantizer, parameter, tensor)
@@ -98,18 +98,19 @@ class Quantizing(Suite):
 
     def _quantizer(
         self, folder: Path, config: QuantizationConfig, dtype: torch.dtype, widened: int = 1
-    ) -> tuple[Quantizer[QuantizationConfig], Parameter]:
-        """A quantizer with its plan, and a parameter it took, ``widened`` in both dimensions."""
+    ) -> tuple[Quantizer[QuantizationConfig], Parameter, torch.device]:
+        """A quantizer, a parameter that it took, ``widened`` in both dimensions, and where the plan puts that."""
         self.write(folder, dtype=dtype, linear=(widened * self.features, 2 * widened * self.features))
-        quantizer = quantizer_of(self.plan(folder, config))
+        plan = self.plan(folder, config)
+        quantizer = quantizer_of(plan)
         parameter = quantizer.parameters.get("extra.weight")
         assert parameter is not None, "the linear layer 'extra' isn't quantized"
-        return quantizer, parameter
+        return quantizer, parameter, torch.device(plan.placement.device_of(parameter.name))
 
-    def _normal(self, parameter: Parameter) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        values = torch.randn(parameter.spec.shape, generator=generator).to(parameter.spec.dtype)
-        return values if self.device is None else values.to(self.device)
+
+def _normal(parameter: Parameter, device: torch.device) -> torch.Tensor:
+    values = torch.randn(parameter.spec.shape, generator=torch.Generator().manual_seed(0))
+    return values.to(device=device, dtype=parameter.spec.dtype)
 
 
 def _quantized(

@@ -36,15 +36,11 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
 class ToyLinear(nn.Module):
     """A linear layer that keeps its weight as int8 and dequantizes it on the way."""
 
-    weight: torch.Tensor
-    weight_scale: torch.Tensor
-
     def __init__(self, linear: nn.Linear, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.empty_like(linear.weight[:, 0], dtype=torch.float32))
-        self.bias: nn.Parameter | None = linear.bias
-        self.compute_dtype = compute_dtype
+        self.bias, self.compute_dtype = linear.bias, compute_dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = dequantize(self.weight, self.weight_scale, self.compute_dtype)
@@ -76,24 +72,18 @@ class ToyQuantizer(Quantizer[ToyConfig]):
         return None if parameter.role == "linear" else "not the weight of a linear layer"
 
     def layout(self, parameter: Parameter) -> Layout:
-        shape = parameter.spec.shape
-        return Layout(
-            components={
-                "weight": TensorSpec(dtype=torch.int8, shape=shape),
-                "weight_scale": TensorSpec(dtype=torch.float32, shape=shape[:1]),
-            },
-            working_bytes=8 * parameter.spec.numel,  # `rows` and their quotient, in float32
-        )
+        codes = TensorSpec(dtype=torch.int8, shape=parameter.spec.shape)
+        scales = TensorSpec(dtype=torch.float32, shape=parameter.spec.shape[:1])
+        working = 8 * parameter.spec.numel  # the rows and their quotient, in float32
+        return Layout(components={"weight": codes, "weight_scale": scales}, working_bytes=working)
 
     def companions(self) -> Mapping[str, str]:
         return {"weight_scale": "weight"}
 
     @hookimpl
     def preprocess_model(self, model: nn.Module) -> None:
-        for parameter in self.parameters.values():
-            linear = model.get_submodule(parameter.module)
-            assert isinstance(linear, nn.Linear)
-            model.set_submodule(parameter.module, ToyLinear(linear, self.config.compute_dtype))
+        for path in {parameter.module for parameter in self.parameters.values()}:
+            model.set_submodule(path, ToyLinear(model.get_submodule(path), self.config.compute_dtype))
 
     @hookimpl
     def quantize_param(self, parameter: Parameter, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -102,8 +92,3 @@ class ToyQuantizer(Quantizer[ToyConfig]):
 
     def dequantize(self, components: Mapping[str, torch.Tensor], parameter: Parameter) -> torch.Tensor:
         return dequantize(components["weight"], components["weight_scale"], parameter.spec.dtype)
-
-    def restore_module(self, module: nn.Module) -> nn.Module:
-        assert isinstance(module, ToyLinear)
-        rows, columns = module.weight.shape
-        return nn.Linear(columns, rows, bias=module.bias is not None, device="meta")

@@ -287,9 +287,19 @@ class Quantizer(ABC, Generic[ConfigT]):
         """
         raise UnsupportedError(f"{type(self).__name__} can't dequantize {parameter.name}")
 
-    def restore_module(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The full-precision module that a swapped ``module`` stands for, on the meta device; for ``dequantize``."""
-        raise UnsupportedError(f"{type(self).__name__} can't turn {type(module).__name__} back into its original")
+    def restore_module(self, module: torch.nn.Module, parameter: Parameter) -> torch.nn.Module:
+        """The full-precision module that a swapped ``module`` stands for, on the meta device; for ``dequantize``.
+
+        The default knows linear layers.
+
+        Raises:
+            UnsupportedError: the module was something else.
+        """
+        if parameter.role != "linear":
+            raise UnsupportedError(f"{type(self).__name__} can't turn {type(module).__name__} back into its original")
+        outputs, inputs = parameter.spec.shape
+        bias = getattr(module, "bias", None) is not None
+        return torch.nn.Linear(inputs, outputs, bias=bias, device="meta")
 
     # What the core knows ------------------------------------------------------------------------------------------
 

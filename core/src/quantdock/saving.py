@@ -186,7 +186,7 @@ def _dequantize_one(model: torch.nn.Module, quantizer: Any, parameter: Any, dtyp
     module = model.get_submodule(parameter.module)
     components = quantizer.components(model, parameter)
     tensor = quantizer.dequantize(components, parameter)
-    restored = quantizer.restore_module(module)
+    restored = quantizer.restore_module(module, parameter)
     device = tensor.device
     value = tensor.to(dtype or parameter.spec.dtype)
     restored.register_parameter(parameter.leaf, torch.nn.Parameter(value))

@@ -233,7 +233,7 @@ def test_dequantized_and_restored(load: Any, tools: Any, config: BitsAndBytesCon
             reference = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
         reference = reference.to(torch.bfloat16)
         assert torch.equal(weight, reference.t() if name == "down.weight" else reference)
-        restored = quantizer.restore_module(module)
+        restored = quantizer.restore_module(module, parameter)
         before = original.get_submodule(parameter.module)
         assert type(restored) is type(before)
         assert [(n, TensorSpec.of(p), p.is_meta) for n, p in restored.named_parameters()] == [

@@ -162,7 +162,7 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
         matrix = self._format.dequantize(parameter, components).to(parameter.spec.dtype)
         return _oriented(parameter, matrix).contiguous()
 
-    def restore_module(self, module: nn.Module) -> nn.Module:
+    def restore_module(self, module: nn.Module, parameter: Parameter) -> nn.Module:
         original: nn.Module = module.__dict__["_original"]
         return original
 

@@ -45,9 +45,9 @@ def test_offloaded_to_disk(device_map: dict[str, str], tiny: TinyFactory, tmp_pa
     report = quantdock.report(model)
     assert report.predicted_nbytes == report.measured_nbytes < quantdock.report(whole).measured_nbytes
     quantdock.save(model, tmp_path / "saved")
-    again = quantdock.load(tmp_path / "saved")
+    again = quantdock.load(tmp_path / "saved").state_dict()
     for name, tensor in whole.state_dict().items():
-        assert_same_tensor(again.state_dict()[name], tensor, name)
+        assert_same_tensor(again[name], tensor, name)
 
 
 def test_stacked_experts_are_offloaded_too(tiny: TinyFactory, tmp_path: Path) -> None:
@@ -104,8 +104,9 @@ def test_on_a_gpu_it_is_what_transformers_makes(quantize: str | None, tiny: Tiny
 
         arguments["quantization_config"] = BitsAndBytesConfig.from_dict(ours.config.quantization_config.to_dict())
     theirs = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype="auto", device_map="cuda", **arguments)
+    state = ours.state_dict()
     for name, tensor in theirs.state_dict().items():
-        assert_same_tensor(ours.state_dict()[name].cpu(), tensor.cpu(), name)
+        assert_same_tensor(state[name].cpu(), tensor.cpu(), name)
     ids = IDS.to("cuda")
     with torch.no_grad():
         assert_same_tensor(ours(ids).logits.cpu(), theirs(ids).logits.cpu(), "logits")

@@ -15,6 +15,7 @@ import torch
 _LINUX = sys.platform == "linux"
 _PIECE = 128 * 1024
 """Bytes asked for at once in ``prefetch``: the kernel's usual read-ahead window."""
+_HUGE_PAGE = 2 << 20
 _MAP_FIXED = 0x10
 _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python since 3.12
 
@@ -30,16 +31,16 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def map_private(descriptor: int, nbytes: int) -> mmap.mmap:
+def map_private(descriptor: int, nbytes: int) -> memoryview:
     """Map a whole file privately: writing to the map changes pages of this process, never the file.
 
     Python's own ``ACCESS_COPY`` falls short twice. The kernel counts such a map as memory that could be needed one day
     and refuses a file larger than the machine's memory, which is just the file that somebody wants to quantize while it
     loads; so no memory is reserved here. And up to Python 3.12 a map keeps a descriptor of its file open, so that a
-    checkpoint of a thousand shards meets the usual limit of 1,024; so the file is mapped over a map without a file.
+    checkpoint of a thousand shards meets the usual limit of 1,024; so the file is mapped over a map without a file. It
+    begins at a multiple of 2 MiB, where the kernel can use huge pages for it.
 
-    Never call ``close`` on what is returned: a tensor made with ``torch.frombuffer`` keeps the map alive but doesn't
-    stop it from being closed under the tensor. Dropping the last reference unmaps.
+    A tensor made with ``torch.frombuffer`` keeps the map alive; dropping the last reference unmaps.
 
     Args:
         descriptor: the file, open for reading; may be closed afterwards.
@@ -49,15 +50,16 @@ def map_private(descriptor: int, nbytes: int) -> mmap.mmap:
         OSError: the kernel refuses.
     """
     if not _LINUX:
-        return mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY)
+        return memoryview(mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY))
     flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
     protection = mmap.PROT_READ | mmap.PROT_WRITE
-    result = mmap.mmap(-1, nbytes, flags=flags | mmap.MAP_ANONYMOUS, prot=protection)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(result))
-    if _libc().mmap(address, nbytes, protection, flags | _MAP_FIXED, descriptor, 0) != address:
+    reserved = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=flags | mmap.MAP_ANONYMOUS, prot=protection)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(reserved))
+    shift = -start % _HUGE_PAGE
+    if _libc().mmap(start + shift, nbytes, protection, flags | _MAP_FIXED, descriptor, 0) != start + shift:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    return result
+    return memoryview(reserved)[shift : shift + nbytes]
 
 
 def drop(address: int, nbytes: int) -> None:

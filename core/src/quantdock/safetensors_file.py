@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -279,7 +278,7 @@ class SafetensorsReader(TensorReader):
         self._stamp = header.stamp
         self._aligned = all(entry.offset % entry.spec.dtype.itemsize == 0 for entry in header.entries if entry.nbytes)
         self._lock = threading.Lock()
-        self._map: mmap | None = None
+        self._map: memoryview | None = None
 
     @property
     def maps(self) -> bool:
@@ -310,7 +309,7 @@ class SafetensorsReader(TensorReader):
         with self._lock:
             self._map = None
 
-    def _mapped(self) -> mmap:
+    def _mapped(self) -> memoryview:
         with self._lock:
             if self._map is None:
                 with self._opened() as file:

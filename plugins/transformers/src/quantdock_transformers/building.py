@@ -18,6 +18,7 @@ def build(source: Source, config: ModelConfig, checkpoint: Checkpoint, options: 
     Raises:
         ConfigError: the config and transformers' classes don't agree; names the file and what is wrong.
     """
+    from transformers.initialization import no_init_weights
     from transformers.modeling_utils import patch_output_recorders
     from transformers.utils.generic import ContextManagers
 
@@ -32,7 +33,9 @@ def build(source: Source, config: ModelConfig, checkpoint: Checkpoint, options: 
     if options.attn_implementation is not None:
         native._attn_implementation = options.attn_implementation
     try:
-        with ContextManagers(found_class.get_init_context(dtype, False, False, None)):
+        # Nothing is initialised on the meta device, so nothing has to run as if.
+        contexts = [*found_class.get_init_context(dtype, False, False, None), no_init_weights()]
+        with ContextManagers(contexts):
             model = found_class(native)
             patch_output_recorders(model)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError, ImportError) as error:

@@ -234,6 +234,14 @@ def _spec(name: object, shape: Any, path: Path, tensor: str) -> TensorSpec:
 
 def _check_cover(entries: list[SafetensorsEntry], start: int, size: int, path: Path) -> None:
     """The tensors follow one another from the end of the header to the end of the file."""
+    outside = next((entry for entry in entries if entry.offset + entry.nbytes > size), None)
+    if outside is not None and start + sum(entry.nbytes for entry in entries) <= size:  # else the file was cut short
+        end = outside.offset + outside.nbytes
+        raise CheckpointError(
+            f"its offsets lead out of the file: it would end at byte {end:,} of {size:,}",
+            file=path,
+            tensor=outside.name,
+        )
     position = start
     for index, entry in enumerate(entries):
         if entry.offset != position:

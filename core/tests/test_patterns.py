@@ -65,6 +65,7 @@ def test_no_text_is_too_odd_for_a_pattern(pattern: str, name: str) -> None:
         ("model.layers.[0-3]", "model.layers.4.mlp.weight", False),
         ("*.weight", "model.norm.weight", True),
         ("Model", "model.norm.weight", False),
+        (r"a\Z", r"a\Z.weight", True),
         ("", "model.norm.weight", False),
     ],
 )

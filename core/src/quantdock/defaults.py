@@ -63,9 +63,11 @@ class CoreDefaults:
             # parameters are on meta and whose buffers are real.
             from accelerate import init_empty_weights
 
-            with init_empty_weights(include_buffers=False), _default_dtype(options.settled_dtype):
+            with init_empty_weights(include_buffers=False):
                 twin = _call_factory(options.model, config)
-            buffers = _own_buffers(twin)
+            # Computed in the usual precision and then cast, as ``module.to(dtype)`` would.
+            wanted = {name: buffer.dtype for name, buffer in buffers.items()}
+            buffers = {name: buffer.to(wanted[name]) for name, buffer in _own_buffers(twin).items()}
         return Skeleton(model=model, architecture=PlainArchitecture(model, config, buffers), built_by="model=")
 
     @hookimpl

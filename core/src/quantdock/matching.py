@@ -76,14 +76,15 @@ def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, opti
     """
     found = Match(parameters=list_parameters(skeleton))
     companions = _split_companions(checkpoint, selection)
-    plain = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in companions}
-    routing = skeleton.architecture.route(
-        {name: tensor.spec for name, tensor in plain.items()},
-        {name: parameter.spec for name, parameter in found.parameters.items()},
-    )
     groups = _group(companions, checkpoint)
+    # A quantized parameter is routed by its own name, also where nothing is stored under it.
+    stand_ins = {base: next(iter(parts.values())).spec for base, parts in groups.items()}
+    stored = {name: tensor.spec for name, tensor in checkpoint.tensors.items() if name not in companions}
+    routing = skeleton.architecture.route(
+        stand_ins | stored, {name: parameter.spec for name, parameter in found.parameters.items()}
+    )
     _take_conversions(found, routing.conversions, groups, checkpoint, selection)
-    _take_unmatched(found, routing.unmatched, groups, skeleton.architecture, options)
+    _take_unmatched(found, routing.unmatched, groups, skeleton.architecture, checkpoint, options)
     _resolve_tied(found, skeleton.architecture, checkpoint)
     _check_shapes(found, checkpoint, options)
     _take_missing(found, skeleton.architecture, options)
@@ -152,11 +153,8 @@ def _take_conversions(
             )
         else:
             (source,), (target,) = conversion.sources, conversion.targets
-            leaf = found.parameters[target].leaf
-            found.components[target] = {leaf: checkpoint.tensors[source]} | groups.pop(source)
-    for base, parts in groups.items():
-        for stored in parts.values():
-            found.problems.append(f"stored tensor {stored.name!r} belongs to {base!r}, which is not in the checkpoint")
+            own = {found.parameters[target].leaf: checkpoint.tensors[source]} if source in checkpoint.tensors else {}
+            found.components[target] = own | groups.pop(source)
 
 
 def _methods(selection: Selection) -> str:
@@ -168,10 +166,12 @@ def _take_unmatched(
     unmatched: Mapping[str, str],
     groups: Mapping[str, Mapping[str, StoredTensor]],
     architecture: Architecture,
+    checkpoint: Checkpoint,
     options: LoadOptions,
 ) -> None:
     for stored, target in unmatched.items():
-        names = [stored, *(part.name for part in groups.get(stored, {}).values())]
+        parts = [part.name for part in groups.get(stored, {}).values()]
+        names = parts if stored in groups and stored not in checkpoint.tensors else [stored, *parts]
         reason = architecture.may_be_unexpected(stored, target)
         pattern = matching(options.ignore_unexpected, stored) or matching(options.ignore_unexpected, target)
         if reason is None and pattern is not None:
@@ -179,10 +179,11 @@ def _take_unmatched(
             found.allowed.update(dict.fromkeys(names, reason))
         if reason is None:
             looked = "" if target == stored else f" (looked up as {target!r})"
-            found.problems.append(
-                f"stored tensor {stored!r}{looked} has no parameter in the model; if it may be left out, pass "
+            found.problems += [
+                f"stored tensor {name!r}{looked} has no parameter in the model; if it may be left out, pass "
                 "ignore_unexpected=[...]"
-            )
+                for name in names
+            ]
         else:
             found.ignored.update(dict.fromkeys(names, reason))
 

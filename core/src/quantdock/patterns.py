@@ -17,9 +17,9 @@ from quantdock.errors import PatternError
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    body = fnmatch.translate(pattern)
-    # translate() anchors the end; the containing module may end at any dot instead.
-    return re.compile(body.replace(r"\Z", r"(?:\.|\Z)").replace(r"\z", r"(?:\.|\Z)"))
+    # translate() ends its expression with the end of the text; here the containing module may end at any dot instead.
+    body = fnmatch.translate(pattern).removesuffix(r"\Z").removesuffix(r"\z")
+    return re.compile(body + r"(?:\.|\Z)")
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -73,20 +73,25 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     return "\n".join([formatted(lines[0]), "  ".join("-" * width for width in widths), *map(formatted, lines[1:])])
 
 
+GROUP_HEADER = ("parameters", "action", "method", "by", "stored", "loaded", "device", "note")
+GROUP_NUMBERS = (4, 5)
+"""Columns of ``group_cells`` that stand flush right."""
+
+
+def group_cells(group: Group) -> tuple[str, ...]:
+    """A group as a row under ``GROUP_HEADER``."""
+    return (
+        group.parameters + (f" x{group.count}" if group.count > 1 else ""),
+        group.action,
+        group.method or "-",
+        group.by,
+        format_bytes(group.stored_nbytes),
+        format_bytes(group.nbytes),
+        group.device,
+        group.note,
+    )
+
+
 def groups_table(groups: Sequence[Group]) -> str:
     """The table of a plan: per group of parameters what happens to it, by whom, bytes before and after, device."""
-    rows = [
-        (
-            group.parameters + (f" x{group.count}" if group.count > 1 else ""),
-            group.action,
-            group.method or "-",
-            group.by,
-            format_bytes(group.stored_nbytes),
-            format_bytes(group.nbytes),
-            group.device,
-            group.note,
-        )
-        for group in groups
-    ]
-    header = ("parameters", "action", "method", "by", "stored", "loaded", "device", "note")
-    return format_table(header, rows, right=(4, 5))
+    return format_table(GROUP_HEADER, map(group_cells, groups), right=GROUP_NUMBERS)

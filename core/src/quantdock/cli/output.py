@@ -76,23 +76,9 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 def ledger_table(ledger: Ledger) -> Table:
     """What becomes of each group of parameters."""
-    from quantdock.tables import format_bytes, grouped
+    from quantdock.tables import GROUP_HEADER, GROUP_NUMBERS, group_cells, grouped
 
-    header = ("parameters", "action", "method", "by", "stored", "loaded", "device", "note")
-    rows = [
-        (
-            group.parameters + (f" x{group.count}" if group.count > 1 else ""),
-            group.action,
-            group.method or "-",
-            group.by,
-            format_bytes(group.stored_nbytes),
-            format_bytes(group.nbytes),
-            group.device,
-            group.note,
-        )
-        for group in grouped(ledger.entries)
-    ]
-    return table(header, rows, right=(4, 5))
+    return table(GROUP_HEADER, [group_cells(group) for group in grouped(ledger.entries)], right=GROUP_NUMBERS)
 
 
 def ledger_facts(ledger: Ledger) -> list[tuple[str, str]]:

@@ -54,6 +54,7 @@ _HOMES = {
     "saving": ("dequantize", "save"),
     "source": ("Source",),
     "tensors": ("Parameter", "StoredTensor", "TensorReader", "TensorSpec"),
+    "threads": ("caller_threads",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -104,6 +105,7 @@ __all__ = [
     "UnknownMethodError",
     "UnknownPresetError",
     "UnsupportedError",
+    "caller_threads",
     "dequantize",
     "hookimpl",
     "inspect",
@@ -161,6 +163,7 @@ if TYPE_CHECKING:
     from quantdock.saving import dequantize, save
     from quantdock.source import Source
     from quantdock.tensors import Parameter, StoredTensor, TensorReader, TensorSpec
+    from quantdock.threads import caller_threads
 
 
 def __getattr__(name: str) -> object:

@@ -22,6 +22,7 @@ from quantdock.placement import DISK
 from quantdock.progress import Notify, Progress
 from quantdock.quantizer import Quantizer
 from quantdock.tensors import Parameter, StoredTensor, TensorSpec
+from quantdock.threads import worker_threads
 from quantdock.units import SLICE, Target, Unit
 
 QuantizeHook = Callable[[Parameter, torch.Tensor], Mapping[str, torch.Tensor] | None]
@@ -77,6 +78,7 @@ class Engine:
     offload_index: dict[str, Any] = field(default_factory=dict)
     _failure: BaseException | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _callers: int = field(default_factory=torch.get_num_threads)
     _done_nbytes: int = 0
     _done_parameters: int = 0
 
@@ -113,6 +115,7 @@ class Engine:
                 tasks.put(None)
         for thread in threads:
             thread.join()
+        torch.set_num_threads(self._callers)  # what threads that start from now on get
         if self._failure is not None:
             raise self._failure
 
@@ -125,8 +128,9 @@ class Engine:
         self.budget.wake()
 
     def _work(self, tasks: queue.SimpleQueue[Unit | None], total: tuple[int, int]) -> None:
-        while (unit := tasks.get()) is not None:
-            self._perform(unit, total)
+        with worker_threads(self._callers):
+            while (unit := tasks.get()) is not None:
+                self._perform(unit, total)
 
     @torch.no_grad()
     def _perform(self, unit: Unit, total: tuple[int, int]) -> None:

@@ -88,9 +88,10 @@ def quantize_param(parameter: Parameter, tensor: torch.Tensor) -> Mapping[str, t
     """Turn one full-precision tensor into the stored tensors of the quantized parameter.
 
     Called once for each parameter that the plan gives to a quantizer, on that quantizer, from worker threads and for
-    several parameters at once: keep no state. Return the components by their name inside the owning module, exactly
-    as the quantizer's ``layout`` declared them, or ``None`` for a parameter that isn't yours. First result. Don't
-    mutate or keep ``tensor``: it may be a view of the mapped file.
+    several parameters at once: keep no state. Torch is single-threaded there (see ``quantdock.caller_threads``).
+    Return the components by their name inside the owning module, exactly as the quantizer's ``layout`` declared them,
+    or ``None`` for a parameter that isn't yours. First result. Don't mutate or keep ``tensor``: it may be a view of the
+    mapped file.
 
     Args:
         parameter: which one; its ``spec`` is the full-precision shape and dtype.

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantdock_bnb import fourbit
+from quantdock_bnb import chunks, fourbit
+from quantdock_bnb.chunks import CHUNK, LARGE_CHUNK
 from quantdock_bnb.config import BLOCKSIZES, STORAGE_DTYPES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -109,7 +110,8 @@ def test_any_tensor(
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_across_chunks(kind: str, quant_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, a last one that is shorter, and a block that isn't whole."""
-    monkeypatch.setattr(fourbit, "CHUNK", 4096)
+    monkeypatch.setattr(chunks, "CHUNK", 4096)
+    monkeypatch.setattr(chunks, "LARGE_CHUNK", 4096)
     monkeypatch.setattr(fourbit, "_FLUSH", 256)
     count = 4 * 4096 + 7 * 64 + 13
     tensor = KINDS[kind](torch.Generator().manual_seed(1), count)
@@ -118,7 +120,7 @@ def test_across_chunks(kind: str, quant_type: str, monkeypatch: pytest.MonkeyPat
     same_as_bitsandbytes(tensor, quant_type=quant_type, blocksize=4096, nested=True)
 
 
-@pytest.mark.parametrize("count", [fourbit.CHUNK - 64, fourbit.CHUNK, fourbit.CHUNK + 1, fourbit.CHUNK + 64, 64, 63, 1])
+@pytest.mark.parametrize("count", [CHUNK - 64, CHUNK, CHUNK + 1, CHUNK + 64, LARGE_CHUNK + 65, 64, 63, 1])
 def test_at_the_edges_of_chunks(count: int) -> None:
     tensor = torch.randn(count, generator=torch.Generator().manual_seed(count))
     for quant_type in ("nf4", "fp4"):
@@ -152,7 +154,7 @@ def test_quant_storage(storage: torch.dtype, shape: tuple[int, int]) -> None:
 def test_without_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bitsandbytes that quantizes differently is asked itself, piece by piece."""
     monkeypatch.setattr(fourbit, "code_table", lambda quant_type: None)
-    tensor = torch.randn(fourbit.CHUNK + 77, generator=torch.Generator().manual_seed(0))
+    tensor = torch.randn(CHUNK + 77, generator=torch.Generator().manual_seed(0))
     for blocksize in (32, 64, 4096):
         same_as_bitsandbytes(tensor, quant_type="nf4", blocksize=blocksize, nested=True)
 

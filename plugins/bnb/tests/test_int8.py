@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantdock_bnb import int8
+from quantdock_bnb.chunks import CHUNK
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def test_any_matrix(
     same_as_bitsandbytes(matrix.t() if transposed else matrix)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(100, 700), (3, int8.CHUNK + 5), (57, 1024), (1, 1)])
+@pytest.mark.parametrize(("rows", "columns"), [(100, 700), (3, CHUNK + 5), (57, 1024), (1, 1)])
 def test_across_chunks(rows: int, columns: int) -> None:
     same_as_bitsandbytes(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16())
 

@@ -18,20 +18,18 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
+from quantdock import caller_threads
+from quantdock_bnb.chunks import CHUNK, LARGE_CHUNK, chunk
+
 NESTED_BLOCKSIZE = 256
 """Block size of the scales' own quantization; bitsandbytes' kernels know no other."""
-
-CHUNK = 28672
-"""Elements worked on at a time: a multiple of every block size, whose temporaries stay in the cache, and few enough
-(up to 32768) that torch runs each step in the calling thread, which may be one of many. Steps that torch would split
-between threads earlier than that (indexing, rounding, searching) are avoided."""
 
 _CELLS = 16384
 _AMBIGUOUS = -128
 _AMBIGUOUS_IN_EIGHT = -0x7F7F7F7F7F7F7F80  # the sign bits of eight codes at once
 _FLUSH = 2048
 
-WORKING_BYTES = 32 * CHUNK + 256 * _FLUSH
+WORKING_BYTES = 32 * LARGE_CHUNK + 256 * _FLUSH
 """Upper bound of the temporaries of ``quantize``, those for nested scales apart."""
 
 
@@ -86,7 +84,8 @@ def _codes_and_scales(flat: Tensor, blocksize: int, quant_type: str) -> tuple[Te
 def _nest(state: QuantState) -> None:
     """Quantize the scales of ``state``, step by step as bitsandbytes does it."""
     # On the whole vector at once: how torch adds up a mean depends on its length and on the threads.
-    state.offset = state.absmax.mean()
+    with caller_threads():
+        state.offset = state.absmax.mean()
     state.absmax, state.state2 = bnb.functional.quantize_blockwise(
         state.absmax - state.offset, blocksize=NESTED_BLOCKSIZE
     )
@@ -144,10 +143,11 @@ def _by_bitsandbytes(flat: Tensor, blocksize: int, quant_type: str, packed: Tens
 
 def _by_table(flat: Tensor, blocksize: int, quant_type: str, table: CodeTable, packed: Tensor, absmax: Tensor) -> None:
     whole = flat.numel() // blocksize * blocksize
-    scratch = _Scratch(min(CHUNK, whole), blocksize)
+    step = chunk()
+    scratch = _Scratch(min(step, whole), blocksize)
     pending: list[Tensor] = []
-    for start in range(0, whole, CHUNK):
-        end = min(start + CHUNK, whole)
+    for start in range(0, whole, step):
+        end = min(start + step, whole)
         if end - start < scratch.size:
             scratch = _Scratch(end - start, blocksize)
         part, out = flat[start:end], packed[start // 2 : end // 2]

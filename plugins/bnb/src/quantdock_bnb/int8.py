@@ -8,9 +8,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-CHUNK = 28672
-"""Elements worked on at a time on CPU, if a row isn't longer: the temporaries stay in the cache, and torch runs each
-step in the calling thread, which may be one of many."""
+from quantdock_bnb.chunks import CHUNK, chunk
 
 _DEVICE_CHUNK = 1 << 20
 """The same where memory is what has to be bounded, and a launch must not be too small."""
@@ -60,7 +58,7 @@ def _by_bitsandbytes(matrix: Tensor, codes: Tensor, scales: Tensor, chunk: int) 
 
 def _by_rows(matrix: Tensor, codes: Tensor, scales: Tensor) -> None:
     count, columns = matrix.shape
-    rows = min(count, max(1, CHUNK // columns))
+    rows = min(count, max(1, chunk() // columns))
     # Dtypes and devices are spelled out: torch's defaults are the user's to change.
     half = torch.empty(rows, columns, dtype=torch.float16, device="cpu")
     values, magnitudes = torch.empty(2, rows, columns, dtype=torch.float32, device="cpu")

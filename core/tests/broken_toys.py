@@ -272,6 +272,7 @@ def components(self, model, parameter):
 """,
     ),
     "loads components of any shape": toy(
+        "missing_component_is_named",
         "misshapen_component_is_named",
         quantizer="""
 def stored_layout(self, parameter, found):

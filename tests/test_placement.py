@@ -58,8 +58,8 @@ def test_stacked_experts_are_offloaded_too(tiny: TinyFactory, tmp_path: Path) ->
 
 def test_quantized_bytes_decide_what_fits(tiny: TinyFactory) -> None:
     """A limit that the quantized model meets and the unquantized one doesn't."""
-    full = quantdock.plan(tiny("llama")).ledger.nbytes
-    quantized = quantdock.plan(tiny("llama"), quantize="bnb-nf4").ledger.nbytes
+    full = quantdock.plan(tiny("llama")).resident_nbytes
+    quantized = quantdock.plan(tiny("llama"), quantize="bnb-nf4").resident_nbytes
     assert quantized < full
     limit = {"cpu": quantized}
     plan = quantdock.plan(tiny("llama"), quantize="bnb-nf4", device_map="auto", max_memory=limit)

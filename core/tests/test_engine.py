@@ -166,3 +166,28 @@ def test_casting_goes_in_slices(tmp_path: Path) -> None:
     assert plan.largest_unit_nbytes == SLICE
     model = plan.execute()
     assert torch.equal(model.weight, values.float())
+
+
+def test_an_interrupted_load_leaves_torchs_threads_as_they_were(tmp_path: Path) -> None:
+    """New threads get what the process had, not the workers' one."""
+    write_plain(tmp_path)
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    def threads_of_a_new_thread() -> int:
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            quantdock.load(tmp_path, model=Plain, progress=interrupt)
+        assert torch.get_num_threads() == 3
+        assert threads_of_a_new_thread() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -121,3 +121,11 @@ def test_halves_of_a_parameter_that_the_method_refuses_are_named(saved: Path) ->
     rewrite(saved, drop="norm.weight", **{"norm.upper": torch.ones(32, dtype=torch.int16)})
     with pytest.raises(quantdock.LedgerError, match=r"'norm\.weight' is stored quantized .*not linear"):
         quantdock.load(saved, model=Plain)
+
+
+def test_placement_counts_the_bytes_of_such_a_parameter(saved: Path) -> None:
+    total = quantdock.plan(saved, model=Plain).resident_nbytes
+    fits = quantdock.plan(saved, model=Plain, device_map="auto", max_memory={"cpu": total})
+    assert fits.placement.single == torch.device("cpu")
+    with pytest.raises(quantdock.PlacementError, match=r"is quantized with halves and can't be offloaded"):
+        quantdock.plan(saved, model=Plain, device_map="auto", max_memory={"cpu": total - 1})

@@ -113,9 +113,10 @@ class Engine:
                 self._fail(KeyboardInterrupt())
             for _ in threads:
                 tasks.put(None)
-        for thread in threads:
-            thread.join()
-        torch.set_num_threads(self._callers)  # what threads that start from now on get
+            if not interrupted:
+                for thread in threads:
+                    thread.join()
+            torch.set_num_threads(self._callers)  # what threads that start from now on get
         if self._failure is not None:
             raise self._failure
 

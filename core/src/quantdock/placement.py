@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from quantdock.errors import PlacementError
 from quantdock.options import LoadOptions, parse_bytes
+from quantdock.tensors import qualified
 
 DISK = "disk"
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -70,7 +72,7 @@ def place(
 
     Args:
         model: the preprocessed skeleton.
-        sizes: exact bytes of each parameter in the loaded model, 0 for tied ones.
+        sizes: exact bytes of each parameter and buffer in the loaded model, 0 for tied ones.
         tied: parameter -> the one whose tensor it shares.
         no_split: class names of modules that stay on one device.
         options: ``device_map`` and ``max_memory``.
@@ -181,18 +183,21 @@ def _shadow(model: torch.nn.Module, sizes: Mapping[str, int], tied: Mapping[str,
     accelerate computes with element counts and dtypes; this is how it gets to compute with bytes of any format.
     """
     made: dict[str, torch.nn.Parameter] = {}
+    # By module, from the sizes and not from the modules: a swapped module may know its parameter under other names.
+    leaves: dict[str, list[str]] = defaultdict(list)
+    for name in sizes:
+        leaves[name.rpartition(".")[0]].append(name)
 
-    def build(source: torch.nn.Module, prefix: str) -> torch.nn.Module:
+    def build(source: torch.nn.Module, path: str) -> torch.nn.Module:
         copy: torch.nn.Module = type(type(source).__name__, (torch.nn.Module,), {})()
-        for leaf, _ in [*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)]:
-            name = prefix + leaf
+        for name in leaves[path]:
             owner = tied.get(name, name)
             if owner not in made:
-                size = sizes.get(owner, 0)
-                made[owner] = torch.nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False)
-            copy.register_parameter(leaf, made[owner])
+                size = torch.empty(sizes[owner], dtype=torch.uint8, device="meta")
+                made[owner] = torch.nn.Parameter(size, requires_grad=False)
+            copy.register_parameter(name.rpartition(".")[2], made[owner])
         for leaf, child in source.named_children():
-            copy.add_module(leaf, build(child, f"{prefix}{leaf}."))
+            copy.add_module(leaf, build(child, qualified(path, leaf)))
         return copy
 
     return build(model, "")

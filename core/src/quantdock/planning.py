@@ -21,7 +21,7 @@ from quantdock.ledger import Action, Entry, Ledger
 from quantdock.matching import Match
 from quantdock.options import LoadOptions
 from quantdock.placement import DISK, Placement
-from quantdock.preparing import resident_nbytes
+from quantdock.preparing import own_buffers, resident_nbytes
 from quantdock.progress import progress_of
 from quantdock.registry import MIXED, Selection
 from quantdock.reporting import Record, Report, attach, measured_nbytes, peak_resident
@@ -64,11 +64,7 @@ class Plan:
     @cached_property
     def buffer_nbytes(self) -> int:
         """Bytes of the buffers that no checkpoint stores."""
-        counted = set(self.match.parameters)  # and the components of quantized ones, where modules have them as buffers
-        for chosen in self.selection:
-            for parameter in chosen.quantizer.parameters.values():
-                counted.update(chosen.quantizer.stored_names(parameter).values())
-        return sum(buffer.nbytes for name, buffer in self.skeleton.model.named_buffers() if name not in counted)
+        return sum(own_buffers(self.skeleton.model, self.match, self.selection).values())
 
     @property
     def largest_unit_nbytes(self) -> int:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantdock
-from quantdock.engine import Budget
+from quantdock.budget import Budget
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plain import Plain, write_plain

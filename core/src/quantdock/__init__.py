@@ -45,10 +45,11 @@ _HOMES = {
     ),
     "hookspecs": ("hookimpl",),
     "inspecting": ("Inspection", "inspect"),
+    "layout": ("Capabilities", "Layout", "Slices"),
     "loading": ("load", "plan"),
     "options": ("LoadOptions",),
     "planning": ("Plan",),
-    "quantizer": ("Capabilities", "Layout", "QuantizationConfig", "Quantizer", "runtime"),
+    "quantizer": ("QuantizationConfig", "Quantizer", "runtime"),
     "registry": ("presets", "quantizers"),
     "reporting": ("Report", "report"),
     "saving": ("dequantize", "save"),
@@ -97,6 +98,7 @@ __all__ = [
     "Routing",
     "SaveError",
     "Skeleton",
+    "Slices",
     "Source",
     "SourceError",
     "StoredTensor",
@@ -154,10 +156,11 @@ if TYPE_CHECKING:
     )
     from quantdock.hookspecs import hookimpl
     from quantdock.inspecting import Inspection, inspect
+    from quantdock.layout import Capabilities, Layout, Slices
     from quantdock.loading import load, plan
     from quantdock.options import LoadOptions
     from quantdock.planning import Plan
-    from quantdock.quantizer import Capabilities, Layout, QuantizationConfig, Quantizer, runtime
+    from quantdock.quantizer import QuantizationConfig, Quantizer, runtime
     from quantdock.registry import presets, quantizers
     from quantdock.reporting import Report, report
     from quantdock.saving import dequantize, save

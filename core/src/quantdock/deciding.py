@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantdock.errors import UnsupportedError
+from quantdock.layout import Layout
 from quantdock.options import LoadOptions
 from quantdock.patterns import is_literal, matches, matching
-from quantdock.quantizer import Layout
 from quantdock.registry import Chosen, Rule, Selection
 from quantdock.tensors import Parameter, StoredTensor
 

@@ -23,7 +23,7 @@ from quantdock.policy import Policy
 from quantdock.preparing import assign, preprocess, resolve_placement
 from quantdock.registry import select
 from quantdock.source import open_source
-from quantdock.stages import add_quantizers, stage_manager
+from quantdock.stages import add_quantizers, stage_manager, watched
 from quantdock.stopwatch import Stopwatch
 from quantdock.units import make_units
 
@@ -158,7 +158,7 @@ def _plan(named: str | os.PathLike[str], options: LoadOptions) -> Plan:
         preprocess(skeleton, matched, hooks)
     with clock.stage("place"):
         placement = resolve_placement(skeleton, matched, selection, options)
-        units = make_units(matched, checkpoint, placement)
+        units = make_units(matched, checkpoint, placement, whole=watched(hooks, selection))
     return Plan(
         source=source,
         options=options,

@@ -73,8 +73,9 @@ class PickleReader(TensorReader):
         values = self._loaded()[tensor.name]
         return values.detach() if self._maps else values.clone(memory_format=torch.contiguous_format)
 
-    def will_need(self, tensor: StoredTensor) -> None:
-        pagecache.read_ahead(self._loaded()[tensor.name])
+    def will_need(self, tensor: StoredTensor, start: int = 0, nbytes: int | None = None) -> None:
+        if not start:  # its elements may be anywhere in the file, so slices of it are nothing to the kernel
+            pagecache.read_ahead(self._loaded()[tensor.name])
 
     def close(self) -> None:
         """Let go of the map; it lasts as long as a tensor that was read from it. Reading again makes a new one."""

@@ -15,7 +15,7 @@ from quantdock.architecture import LoadOutcome, Skeleton
 from quantdock.checkpoint import Checkpoint
 from quantdock.config import ModelConfig
 from quantdock.discovery import Catalog
-from quantdock.engine import Budget, Engine
+from quantdock.engine import Budgets, Engine
 from quantdock.errors import PlacementError, PluginError, QuantdockError
 from quantdock.ledger import Action, Entry, Ledger
 from quantdock.matching import Match
@@ -25,6 +25,7 @@ from quantdock.preparing import own_buffers, resident_nbytes
 from quantdock.progress import progress_of
 from quantdock.registry import MIXED, Selection
 from quantdock.reporting import Record, Report, attach, measured_nbytes, peak_resident
+from quantdock.running import Runner
 from quantdock.source import Source
 from quantdock.stopwatch import Stopwatch
 from quantdock.tables import format_bytes, grouped, groups_table
@@ -78,7 +79,7 @@ class Plan:
 
     @property
     def _all_in_flight(self) -> int:
-        return sum(unit.in_flight for unit in self.units)
+        return sum(unit.most_in_flight for unit in self.units)
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -181,11 +182,9 @@ class Plan:
         }
         callers = {key: (lambda p, t, hook=hook: hook(parameter=p, tensor=t)) for key, hook in hooks.items()}
         return Engine(
-            model=self.skeleton.model,
-            quantize_hooks=callers,
-            budget=Budget(self.options.budget),
+            runner=Runner(model=self.skeleton.model, quantize_hooks=callers, offload_dir=self._offload_dir()),
+            budgets=Budgets(self.options.budget, (unit.device for unit in self.units)),
             workers=self.options.worker_count,
-            offload_dir=self._offload_dir(),
         )
 
     def _offload_dir(self) -> str | None:
@@ -213,16 +212,17 @@ class Plan:
         from accelerate.utils import save_offload_index
 
         model, options = self.skeleton.model, self.skeleton.architecture.dispatch_options()
-        if engine.offload_dir is not None:
-            save_offload_index(engine.offload_index, engine.offload_dir)
+        offload_dir, offload_index = engine.runner.offload_dir, engine.runner.offload_index
+        if offload_dir is not None:
+            save_offload_index(offload_index, offload_dir)
             if set(map(str, self.placement.device_map.values())) == {DISK}:
-                disk_offload(model, engine.offload_dir, execution_device=torch.device("cpu"))
+                disk_offload(model, offload_dir, execution_device=torch.device("cpu"))
                 return
         dispatch_model(
             model,
             device_map={name: _accelerate_device(device) for name, device in self.placement.device_map.items()},
-            offload_dir=engine.offload_dir,
-            offload_index=engine.offload_index or None,
+            offload_dir=offload_dir,
+            offload_index=offload_index or None,
             **options,
         )
 
@@ -247,7 +247,7 @@ class Plan:
             predicted_nbytes=predicted,
             measured_nbytes=measured_nbytes(self.skeleton.model),
             memory_budget=self.options.budget,
-            in_flight_peak_nbytes=engine.budget.peak,
+            in_flight_peak_nbytes=engine.budgets.peak,
             process_peak_nbytes=peak_resident(),
             seconds=dict(self.stopwatch.seconds),
             workers=self.options.worker_count,

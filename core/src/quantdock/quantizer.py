@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, get_type_hints
 import torch
 
 from quantdock.errors import ConfigError, UnsupportedError
+from quantdock.layout import Capabilities, Layout
 from quantdock.tensors import Parameter, TensorSpec, qualified
 
 _STAGES = ("preprocess_model", "quantize_param", "postprocess_model")
@@ -108,47 +109,6 @@ def _dtype_from_json(cls: type, name: str, value: Any) -> Any:
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"{cls.__name__}.{name}: {value!r} is not the name of a torch dtype")
     return dtype
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """What one quantized parameter is stored as, declared before a byte is read."""
-
-    components: Mapping[str, TensorSpec]
-    """Component name inside the owning module (``weight``, ``weight.absmax``, ``SCB``) -> dtype and shape."""
-    working_bytes: int = 0
-    """Bytes that ``quantize_param`` allocates at the most, its result not counted."""
-    resident: int | None = None
-    """Exact bytes the loaded module holds for the parameter, where that isn't the sum of the components (a table that
-    modules share, a description that is only written out when saving)."""
-    variable: frozenset[str] = frozenset()
-    """Components whose length is known only once they are made; the length in their spec says nothing then."""
-
-    @property
-    def nbytes(self) -> int:
-        """Exact bytes the parameter will take in the loaded model."""
-        return sum(spec.nbytes for spec in self.components.values()) if self.resident is None else self.resident
-
-    def fits(self, found: Mapping[str, TensorSpec]) -> bool:
-        """Whether ``found`` is what was declared."""
-        fixed = {name: spec for name, spec in self.components.items() if name not in self.variable}
-        return found.keys() == self.components.keys() and all(found[name] == spec for name, spec in fixed.items())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capabilities:
-    """What a method can do at all, whatever the machine."""
-
-    quantize: bool = True
-    """Quantize full-precision tensors while they are loaded."""
-    load: bool = True
-    """Load checkpoints that are already quantized."""
-    dequantize: bool = False
-    save: bool = True
-    train: bool = False
-    """Adapters can be trained on top."""
-    compile: bool = False
-    """The modules survive ``torch.compile`` without graph breaks."""
 
 
 ConfigT = TypeVar("ConfigT", bound=QuantizationConfig)
@@ -259,6 +219,34 @@ class Quantizer(ABC, Generic[ConfigT]):
     @abstractmethod
     def quantize_param(self, parameter: Parameter, tensor: torch.Tensor) -> Mapping[str, torch.Tensor] | None:
         """Stage: one full-precision tensor in, the components of ``layout(parameter)`` out."""
+
+    def begin_slices(self, parameter: Parameter, device: torch.device) -> dict[str, torch.Tensor]:
+        """Room for what ``quantize_slice`` makes, under names of your choice; for layouts that have ``slices``.
+
+        The default makes uninitialised tensors of the layout's components.
+        """
+        components = self.layout(parameter).components
+        return {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in components.items()}
+
+    def quantize_slice(
+        self, parameter: Parameter, tensor: torch.Tensor, start: int, parts: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Quantize one slice of a parameter into ``parts``.
+
+        All slices together have to give the bits that ``quantize_param`` gives. Called from several threads at once,
+        with slices that don't overlap. Don't mutate or keep ``tensor``.
+
+        Args:
+            parameter: which one; its ``spec`` is that of the whole.
+            tensor: the slice, on the device of ``parts``; any strides.
+            start: index of its first row, along the layout's ``slices.dim``.
+            parts: what ``begin_slices`` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares slices, but has no quantize_slice")
+
+    def finish_slices(self, parameter: Parameter, parts: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The components of ``layout(parameter)``, once every slice is in ``parts``; by default ``parts`` itself."""
+        return parts
 
     def install(self, model: torch.nn.Module, parameter: Parameter, components: Mapping[str, torch.Tensor]) -> None:
         """Put the components of one parameter into the model, on the device they are on.

@@ -40,6 +40,15 @@ def add_quantizers(manager: pluggy.PluginManager, selection: Selection) -> None:
         _register(manager, chosen.quantizer, f"{chosen.label} ({chosen.offer.origin}) #{id(chosen)}")
 
 
+def watched(manager: pluggy.PluginManager, selection: Selection) -> bool:
+    """Whether somebody beside the quantizers takes part in ``quantize_param``, and so wants to see it called."""
+    quantizers = [chosen.quantizer for chosen in selection]
+    return any(
+        all(implementation.plugin is not quantizer for quantizer in quantizers)
+        for implementation in manager.hook.quantize_param.get_hookimpls()
+    )
+
+
 def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
     """Register, and find misspelt hooks and wrong arguments now rather than never.
 

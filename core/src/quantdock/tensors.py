@@ -57,8 +57,16 @@ class TensorReader(ABC):
         """Bytes in flight at the most while ``read`` runs, its result included."""
         return tensor.spec.nbytes
 
-    def will_need(self, tensor: StoredTensor) -> None:  # noqa: B027 - advice that a reader may have no use for
-        """The tensor is going to be read soon; a good moment for read-ahead."""
+    def will_need(  # noqa: B027 - advice that a reader may have no use for
+        self, tensor: StoredTensor, start: int = 0, nbytes: int | None = None
+    ) -> None:
+        """The tensor is going to be read soon; a good moment for read-ahead.
+
+        Args:
+            tensor: which one.
+            start: byte of its values that it begins with.
+            nbytes: how many; ``None`` for all that follow.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -108,10 +108,12 @@ class GGUFTensorReader(TensorReader):
         packed = min(info.nbytes, CHUNK // block * block_bytes)
         return tensor.spec.nbytes + packed + _SCRATCH_PER_VALUE * min(CHUNK, tensor.spec.numel) + _SCRATCH_BASE
 
-    def will_need(self, tensor: StoredTensor) -> None:
+    def will_need(self, tensor: StoredTensor, start: int = 0, nbytes: int | None = None) -> None:
         if hasattr(os, "posix_fadvise") and self._closing.alive:
             info = self._infos[tensor.name]
-            os.posix_fadvise(self._descriptor, info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
+            left = info.nbytes - start
+            count = left if nbytes is None else min(left, nbytes)
+            os.posix_fadvise(self._descriptor, info.start + start, count, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         self._closing()

@@ -1,0 +1,184 @@
+"""Run one unit as a whole, and put what comes of it into the model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from quantdock.conversion import Assembly
+from quantdock.errors import LoadError, PluginError, QuantdockError
+from quantdock.pagecache import release
+from quantdock.placement import DISK
+from quantdock.quantizer import Quantizer
+from quantdock.staging import Staging
+from quantdock.tensors import Parameter, StoredTensor, TensorSpec
+from quantdock.units import Target, Unit
+
+Convert = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+QuantizeHook = Callable[[Parameter, torch.Tensor], Mapping[str, torch.Tensor] | None]
+
+
+@dataclass(kw_only=True)
+class Runner:
+    """Reads, converts, quantizes and places. Used from several threads at once, each with a ``Staging`` of its own."""
+
+    model: torch.nn.Module
+    quantize_hooks: Mapping[int, QuantizeHook]
+    """id of a quantizer -> the ``quantize_param`` hook that asks it and the stage plugins, nobody else."""
+    offload_dir: str | None = None
+    offload_index: dict[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, unit: Unit, staging: Staging) -> None:
+        """Run a unit.
+
+        Raises:
+            LoadError: names file, stored tensors, parameter and plugin.
+        """
+        for target, make in self._makers(unit, staging):
+            with located(unit, target), staging.on(target.device):
+                make()
+
+    def _makers(self, unit: Unit, staging: Staging) -> Iterator[tuple[Target, Callable[[], None]]]:
+        """Each target, with what makes it."""
+        if unit.conversion is None:
+            yield unit.targets[0], partial(self._install_stored, unit, staging)
+        elif (function := unit.conversion.function) is not None:
+            results: dict[str, torch.Tensor] = {}
+            yield unit.targets[0], partial(_convert, function, unit.sources, results)
+            for target in unit.targets:
+                yield target, partial(self._finish_result, target, results, staging)
+        else:
+            assert unit.conversion.assemblies is not None
+            sources = {source.name: source for source in unit.sources}
+            for target in unit.targets:
+                assembly = unit.conversion.assemblies[target.parameter.name]
+                yield target, partial(self._assemble, target, assembly, sources, staging)
+
+    def _install_stored(self, unit: Unit, staging: Staging) -> None:
+        (target,) = unit.targets
+        assert target.decision.chosen is not None
+        assert isinstance(target.device, torch.device), "stored components aren't offloaded"
+        tensors = {
+            name: staging.moved(source.read(), target.device, drop=source.reader.maps)
+            for name, source in zip(unit.components, unit.sources, strict=True)
+        }
+        target.decision.chosen.quantizer.install(self.model, target.parameter, tensors)
+
+    def _assemble(
+        self, target: Target, assembly: Assembly, sources: Mapping[str, StoredTensor], staging: Staging
+    ) -> None:
+        spec = target.parameter.spec
+        first = assembly.pieces[0]
+        if len(assembly.pieces) == 1 and first.whole and sources[first.source].spec == spec:
+            source = sources[first.source]
+            tensor = source.read()
+            self._finish(target, tensor, staging, drop=source.reader.maps)
+            if source.reader.maps and target.action != "map":
+                release(tensor)
+            return
+        result = torch.empty(spec.shape, dtype=spec.dtype, device="cpu" if target.device == DISK else target.device)
+        for piece in assembly.pieces:
+            source = sources[piece.source]
+            view = piece.of(source.read())
+            staging.copy(view, result[piece.into] if piece.into else result, drop=source.reader.maps)
+        self._finish(target, result, staging)
+
+    def _finish_result(self, target: Target, results: dict[str, torch.Tensor], staging: Staging) -> None:
+        name, spec = target.parameter.name, target.parameter.spec
+        if name not in results:
+            raise PluginError(f"the conversion made {', '.join(results)}, but not {name!r}, which it had announced")
+        if tuple(results[name].shape) != spec.shape:
+            raise PluginError(f"the conversion made {name!r} as {TensorSpec.of(results[name])}, expected {spec}")
+        self._finish(target, results[name], staging)
+
+    def _finish(self, target: Target, tensor: torch.Tensor, staging: Staging, *, drop: bool = False) -> None:
+        """Quantize and install a tensor in full precision; ``drop`` says that it is a view of a mapped file."""
+        parameter = target.parameter
+        if not isinstance(target.device, torch.device):
+            self._offload(parameter, tensor.to(parameter.spec.dtype))
+            return
+        tensor = staging.moved(tensor, target.device, drop=drop).to(parameter.spec.dtype)
+        chosen = target.decision.chosen
+        if chosen is None:
+            install_plain(self.model, parameter, tensor)
+            return
+        components = self.quantize_hooks[id(chosen.quantizer)](parameter, tensor)
+        self.install(target, components)
+
+    def install(self, target: Target, components: Mapping[str, torch.Tensor] | None) -> None:
+        """Hand a quantizer's components back to it, for the model, if they are what it had declared.
+
+        Raises:
+            PluginError: they aren't.
+        """
+        assert target.decision.chosen is not None
+        quantizer = target.decision.chosen.quantizer
+        _check_components(quantizer, target.parameter, components)
+        assert components is not None
+        quantizer.install(self.model, target.parameter, components)
+
+    def _offload(self, parameter: Parameter, tensor: torch.Tensor) -> None:
+        from accelerate.utils import offload_weight
+
+        assert self.offload_dir is not None
+        with self._lock:
+            offload_weight(tensor, parameter.name, self.offload_dir, index=self.offload_index)
+
+
+@contextmanager
+def located(unit: Unit, target: Target) -> Iterator[None]:
+    """Raise whatever goes wrong in the block as a ``LoadError`` that says where."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error) if isinstance(error, QuantdockError) else f"{type(error).__name__}: {error}"
+        chosen = target.decision.chosen
+        raise LoadError(
+            f"loading stopped: {message}",
+            parameter=target.parameter.name,
+            stored=[source.name for source in unit.sources],
+            file=unit.sources[0].file if unit.sources else None,
+            plugin=None if chosen is None else f"{chosen.label} ({chosen.offer.origin})",
+        ) from error
+
+
+def _convert(function: Convert, sources: Iterable[StoredTensor], results: dict[str, torch.Tensor]) -> None:
+    results.update(function({source.name: source.read() for source in sources}))
+
+
+def _check_components(
+    quantizer: Quantizer[Any], parameter: Parameter, components: Mapping[str, torch.Tensor] | None
+) -> None:
+    """A plugin's declaration is its word: placement and the prediction rely on it."""
+    if components is None:
+        raise PluginError(
+            f"{type(quantizer).__name__}.quantize_param returned None for {parameter.name!r}, which it took"
+        )
+    layout = quantizer.layout(parameter)
+    made = {name: TensorSpec.of(tensor) for name, tensor in components.items()}
+    if not layout.fits(made):
+        raise PluginError(
+            f"{type(quantizer).__name__} made {_listed(made)} for {parameter.name!r}, but its layout declares "
+            f"{_listed(layout.components)}"
+        )
+
+
+def _listed(specs: Mapping[str, TensorSpec]) -> str:
+    return ", ".join(f"{name}: {spec}" for name, spec in sorted(specs.items()))
+
+
+def install_plain(model: torch.nn.Module, parameter: Parameter, tensor: torch.Tensor) -> None:
+    """Put a full-precision tensor into its slot."""
+    module = model.get_submodule(parameter.module)
+    if parameter.leaf in module._buffers:
+        module._buffers[parameter.leaf] = tensor
+    else:
+        value = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        module.register_parameter(parameter.leaf, value)

@@ -1,0 +1,135 @@
+"""Run one unit slice by slice: what is quantized never exists in full precision as a whole."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from quantdock.conversion import Index, Piece
+from quantdock.pagecache import release
+from quantdock.running import Runner, located
+from quantdock.staging import Staging
+from quantdock.tensors import StoredTensor
+from quantdock.units import Unit
+
+
+class SlicedUnit:
+    """A unit that is cut; its slices run in any order, several at once."""
+
+    def __init__(self, unit: Unit, runner: Runner) -> None:
+        assert unit.cut is not None
+        assert unit.conversion is not None
+        assert unit.conversion.assemblies is not None
+        self.unit = unit
+        (self._target,) = unit.targets
+        assert self._target.decision.chosen is not None
+        assert isinstance(self._target.device, torch.device), "what goes to the disk isn't cut"
+        self._device = self._target.device
+        self._quantizer = self._target.decision.chosen.quantizer
+        self._pieces = unit.conversion.assemblies[self._target.parameter.name].pieces
+        self._sources = {source.name: source for source in unit.sources}
+        self._cut = unit.cut
+        self._runner = runner
+        self._lock = threading.Lock()
+        self._left = unit.cut.count
+        self._parts: dict[str, torch.Tensor] | None = None
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Start reading what a slice is made from."""
+        for piece in self._pieces:
+            source = self._sources[piece.source]
+            if self._cut.dim == 0 and piece.whole:
+                row = source.stored_nbytes // max(1, self._cut.size)
+                source.reader.will_need(source, start * row, (stop - start) * row)
+            elif start <= _first(piece, self._cut.dim) < stop:
+                source.reader.will_need(source)
+
+    def run(self, start: int, stop: int, staging: Staging) -> bool:
+        """Quantize a slice; the last one to be finished finishes the parameter.
+
+        Returns:
+            Whether this was the last one.
+
+        Raises:
+            LoadError: names file, stored tensors, parameter and plugin.
+        """
+        with located(self.unit, self._target), staging.on(self._device):
+            parts = self._begun()
+            tensor = self._read(start, stop, staging)
+            self._quantizer.quantize_slice(self._target.parameter, tensor, start, parts)
+            if self._cut.mapped:
+                release(tensor)
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return False
+        with located(self.unit, self._target), staging.on(self._device):
+            self._runner.install(self._target, self._quantizer.finish_slices(self._target.parameter, parts))
+            self._parts = None
+        return True
+
+    def _begun(self) -> dict[str, torch.Tensor]:
+        with self._lock:
+            if self._parts is None:
+                self._parts = self._quantizer.begin_slices(self._target.parameter, self._device)
+            return self._parts
+
+    def _read(self, start: int, stop: int, staging: Staging) -> torch.Tensor:
+        """A slice in full precision, in the parameter's dtype and on its device."""
+        spec, dim = self._target.parameter.spec, self._cut.dim
+        if self._cut.mapped:
+            return self._sources[self._pieces[0].source].read().narrow(dim, start, stop - start)
+        shape = (*spec.shape[:dim], stop - start, *spec.shape[dim + 1 :])
+        result = staging.empty(shape, spec.dtype, self._device)
+        for piece in self._pieces:
+            self._copy(piece, start, stop, result, staging)
+        return result
+
+    def _copy(self, piece: Piece, start: int, stop: int, result: torch.Tensor, staging: Staging) -> None:
+        """Copy what a piece has of a slice."""
+        dim = self._cut.dim
+        found = _overlap(piece, dim, self._cut.size, start, stop)
+        if found is None:
+            return
+        source: StoredTensor = self._sources[piece.source]
+        offset, into, count = found
+        view = piece.of(source.read())
+        if count is not None:
+            view = view.narrow(_kept(piece.into, dim), offset, count)
+        staging.copy(view, result[into] if into else result, drop=source.reader.maps)
+
+
+def _kept(into: Index, dim: int) -> int:
+    """Where dimension ``dim`` of the target is in the piece, which lacks those that ``into`` has integers for."""
+    return dim - sum(isinstance(item, int) for item in into[:dim])
+
+
+def _first(piece: Piece, dim: int) -> int:
+    """The piece's first row in the target."""
+    if dim >= len(piece.into):
+        return 0
+    item = piece.into[dim]
+    return item if isinstance(item, int) else (item.start or 0)
+
+
+def _overlap(piece: Piece, dim: int, size: int, start: int, stop: int) -> tuple[int, Index, int | None] | None:
+    """What a piece has of the rows from ``start`` to ``stop`` of a target with ``size`` rows.
+
+    Returns:
+        First row in the piece, where to write in the slice, and the number of rows; that is ``None`` when the piece is
+        a single row, which it has no dimension for. ``None`` when it has nothing.
+    """
+    into = piece.into if dim < len(piece.into) else (*piece.into, *[slice(None)] * (dim + 1 - len(piece.into)))
+    item = into[dim]
+    if isinstance(item, int):
+        if not start <= item < stop:
+            return None
+        return 0, (*into[:dim], item - start, *into[dim + 1 :]), None
+    first, last, step = item.indices(size)
+    assert step == 1, "pieces are contiguous along every dimension"
+    begin, end = max(first, start), min(last, stop)
+    if begin >= end:
+        return None
+    rows = slice(begin - start, end - start)
+    return begin - first, (*into[:dim], rows, *into[dim + 1 :]), end - begin

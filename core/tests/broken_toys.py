@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import torch
 from torch import nn
-from quantdock import Capabilities, Layout, UnsupportedError, hookimpl
+from quantdock import Capabilities, Layout, Slices, UnsupportedError, hookimpl
 from quantdock_toy import ToyConfig, ToyLinear, ToyQuantizer, dequantize, quantize
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,42 @@ def layout(self, parameter):
     return super().layout(parameter)
 """
 
+SLICED = """
+def layout(self, parameter):
+    slices = Slices(dim=0, multiple=2, working_bytes=65536, working_copies=4)
+    return dataclasses.replace(super().layout(parameter), slices=slices)
+def quantize_slice(self, parameter, tensor, start, parts):
+    weight, scale = quantize(tensor)
+    parts["weight"][start : start + len(tensor)] = weight
+    parts["weight_scale"][start : start + len(tensor)] = scale
+"""
+
 TOYS = {
     "sound": toy(),
+    "sound, in slices": toy(quantizer=SLICED),
+    "confuses its slices": toy(
+        "slices_change_nothing",
+        quantizer=SLICED.replace(
+            'parts["weight_scale"][start : start + len(tensor)]', 'parts["weight_scale"][: len(tensor)]'
+        ),
+    ),
+    "writes to its slices": toy(
+        "slices_change_nothing", quantizer=SLICED.replace("quantize(tensor)", "quantize(tensor.clamp_(-2, 2))")
+    ),
+    "lies about the memory of its slices": toy(
+        "working_bytes_of_slices_are_enough",
+        quantizer=SLICED.replace("working_bytes=65536, working_copies=4", "working_bytes=0"),
+    ),
+    "holds more than it says from slice to slice": toy(
+        "working_bytes_of_slices_are_enough",
+        quantizer=SLICED
+        + """
+def begin_slices(self, parameter, device):
+    return super().begin_slices(parameter, device) | {"spare": torch.empty(parameter.spec.shape, device=device)}
+def finish_slices(self, parameter, parts):
+    return {name: part for name, part in parts.items() if name != "spare"}
+""",
+    ),
     "sound in all that it claims": toy(
         quantizer=GROUPED
         + """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +11,6 @@ from quantdock.conversion import Index, Piece
 from quantdock.pagecache import release
 from quantdock.running import Runner, located
 from quantdock.staging import Staging
-from quantdock.tensors import StoredTensor
 from quantdock.units import Unit
 
 
@@ -83,53 +83,46 @@ class SlicedUnit:
         shape = (*spec.shape[:dim], stop - start, *spec.shape[dim + 1 :])
         result = staging.empty(shape, spec.dtype, self._device)
         for piece in self._pieces:
-            self._copy(piece, start, stop, result, staging)
+            source = self._sources[piece.source]
+            part = part_of(piece, dim, self._cut.size, start, stop)
+            if part is not None:
+                view = part.of(piece.of(source.read()))
+                staging.copy(view, result[part.into], drop=source.reader.maps)
         return result
 
-    def _copy(self, piece: Piece, start: int, stop: int, result: torch.Tensor, staging: Staging) -> None:
-        """Copy what a piece has of a slice."""
-        dim = self._cut.dim
-        found = _overlap(piece, dim, self._cut.size, start, stop)
-        if found is None:
-            return
-        source: StoredTensor = self._sources[piece.source]
-        offset, into, count = found
-        view = piece.of(source.read())
-        if count is not None:
-            view = view.narrow(_kept(piece.into, dim), offset, count)
-        staging.copy(view, result[into] if into else result, drop=source.reader.maps)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What a piece has of a slice: ``slice[into] = part.of(piece.of(source))``."""
+
+    rows: Index
+    """Of the piece."""
+    into: Index
+
+    def of(self, piece: torch.Tensor) -> torch.Tensor:
+        """The part as a view of its piece."""
+        return piece[self.rows]
 
 
-def _kept(into: Index, dim: int) -> int:
-    """Where dimension ``dim`` of the target is in the piece, which lacks those that ``into`` has integers for."""
-    return dim - sum(isinstance(item, int) for item in into[:dim])
+def part_of(piece: Piece, dim: int, size: int, start: int, stop: int) -> Part | None:
+    """What a piece has of the rows from ``start`` to ``stop`` of a target with ``size`` rows, if anything."""
+    into = (*piece.into, *[slice(None)] * (dim + 1 - len(piece.into)))
+    item = into[dim]
+    if isinstance(item, int):  # the piece is a single row, and has no dimension for it
+        inside = start <= item < stop
+        return Part(rows=(), into=(*into[:dim], item - start, *into[dim + 1 :])) if inside else None
+    first, last, _ = item.indices(size)
+    begin, end = max(first, start), min(last, stop)
+    if begin >= end:
+        return None
+    kept = sum(isinstance(other, slice) for other in into[:dim])  # the piece lacks the dimensions that integers pick
+    return Part(
+        rows=(*[slice(None)] * kept, slice(begin - first, end - first)),
+        into=(*into[:dim], slice(begin - start, end - start), *into[dim + 1 :]),
+    )
 
 
 def _first(piece: Piece, dim: int) -> int:
     """The piece's first row in the target."""
-    if dim >= len(piece.into):
-        return 0
-    item = piece.into[dim]
+    item = piece.into[dim] if dim < len(piece.into) else 0
     return item if isinstance(item, int) else (item.start or 0)
-
-
-def _overlap(piece: Piece, dim: int, size: int, start: int, stop: int) -> tuple[int, Index, int | None] | None:
-    """What a piece has of the rows from ``start`` to ``stop`` of a target with ``size`` rows.
-
-    Returns:
-        First row in the piece, where to write in the slice, and the number of rows; that is ``None`` when the piece is
-        a single row, which it has no dimension for. ``None`` when it has nothing.
-    """
-    into = piece.into if dim < len(piece.into) else (*piece.into, *[slice(None)] * (dim + 1 - len(piece.into)))
-    item = into[dim]
-    if isinstance(item, int):
-        if not start <= item < stop:
-            return None
-        return 0, (*into[:dim], item - start, *into[dim + 1 :]), None
-    first, last, step = item.indices(size)
-    assert step == 1, "pieces are contiguous along every dimension"
-    begin, end = max(first, start), min(last, stop)
-    if begin >= end:
-        return None
-    rows = slice(begin - start, end - start)
-    return begin - first, (*into[:dim], rows, *into[dim + 1 :]), end - begin

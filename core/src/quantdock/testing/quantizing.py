@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from quantdock import saving
+from quantdock.layout import Slices
 from quantdock.quantizer import QuantizationConfig, Quantizer
 from quantdock.tensors import Parameter, TensorSpec
 from quantdock.testing.memory import PeakBytes, expired, weak
 from quantdock.testing.model import SmallModel
-from quantdock.testing.suite import Suite, bits_of, components_of, logits, quantizer_of, sqnr_db
+from quantdock.testing.suite import Suite, bits_of, components_of, different, logits, quantizer_of, sqnr_db
 
 SLACK = 64 << 10
 FORWARD_DB = 20.0
@@ -56,6 +57,54 @@ class Quantizing(Suite):
             result = _quantized(quantizer, parameter, tensor)
         needed = measure.peak - sum(part.nbytes for part in result.values())
         assert needed <= 1.1 * declared + SLACK, f"{needed} bytes needed for {parameter.spec}, {declared} declared"
+
+    def test_slices_change_nothing(self, tmp_path: Path, config: QuantizationConfig, dtype: torch.dtype) -> None:
+        """With ``slices`` in its layout, a parameter that is quantized in slices, in any order and however it is cut,
+        has the bits of one that is quantized as a whole; and the slices are left alone.
+
+        When it fails: the index that ``quantize_slice`` is given is the first row's, along ``slices.dim``. Does a
+        slice's place in the components follow from it, and is everything that spans slices left to ``finish_slices``?
+        """
+        quantizer, parameter, device = self._quantizer(tmp_path, config, dtype, widened=8)
+        slices = quantizer.layout(parameter).slices
+        if slices is None:
+            pytest.skip(f"{self.method} quantizes parameters only as a whole")
+        tensor = _normal(parameter, device)
+        before, expected = bits_of(tensor), _quantized(quantizer, parameter, tensor)
+        for count in (1, 3):
+            parts = quantizer.begin_slices(parameter, device)
+            for start, part in _cut(tensor, slices, count):
+                quantizer.quantize_slice(parameter, part, start, parts)
+            found = quantizer.finish_slices(parameter, parts)
+            assert not different(expected, found), f"{', '.join(different(expected, found))} differ"
+        assert bits_of(tensor) == before, "the input was written to"
+
+    def test_working_bytes_of_slices_are_enough(
+        self, tmp_path: Path, config: QuantizationConfig, dtype: torch.dtype
+    ) -> None:
+        """Quantizing in slices needs no more memory than ``slices`` says (10 % and 64 KiB are let pass).
+
+        When it fails: count what is alive in ``quantize_slice`` beside the slice and the parts, and in
+        ``begin_slices`` and ``finish_slices`` beside the components.
+        """
+        quantizer, parameter, device = self._quantizer(tmp_path, config, dtype, widened=8)
+        slices = quantizer.layout(parameter).slices
+        if slices is None:
+            pytest.skip(f"{self.method} quantizes parameters only as a whole")
+        tensor = _normal(parameter, device)
+        with torch.no_grad(), PeakBytes([tensor]) as whole:
+            parts = quantizer.begin_slices(parameter, device)
+            held = whole.peak
+            for start, part in _cut(tensor, slices, 3):
+                with PeakBytes([tensor, *parts.values()]) as one:
+                    quantizer.quantize_slice(parameter, part, start, parts)
+                allowed = slices.working_bytes + slices.working_copies * part.nbytes
+                assert one.peak <= 1.1 * allowed + SLACK, f"{one.peak} bytes needed for a slice, {allowed} declared"
+        with torch.no_grad(), PeakBytes([tensor, *parts.values()]) as last:
+            result = quantizer.finish_slices(parameter, parts)
+        needed = held + last.peak - sum(part.nbytes for part in result.values())
+        allowed = slices.held_bytes
+        assert needed <= 1.1 * allowed + SLACK, f"{needed} bytes needed beside the components, {allowed} declared"
 
     def test_quantized_weights_are_close(self, tmp_path: Path, config: QuantizationConfig, dtype: torch.dtype) -> None:
         """Every weight is as close to the original as ``min_sqnr_db`` asks.
@@ -106,6 +155,14 @@ class Quantizing(Suite):
         parameter = quantizer.parameters.get("extra.weight")
         assert parameter is not None, "the linear layer 'extra' isn't quantized"
         return quantizer, parameter, torch.device(plan.placement.device_of(parameter.name))
+
+
+def _cut(tensor: torch.Tensor, slices: Slices, count: int) -> list[tuple[int, torch.Tensor]]:
+    """First rows and views of at least ``count`` slices, if there are so many, the last one first."""
+    size = tensor.shape[slices.dim]
+    rows = max(1, size // count // slices.multiple) * slices.multiple
+    starts = range(0, size, rows)
+    return [(start, tensor.narrow(slices.dim, start, min(rows, size - start))) for start in reversed(starts)]
 
 
 def _normal(parameter: Parameter, device: torch.device) -> torch.Tensor:

@@ -6,9 +6,15 @@ import argparse
 import sys
 from types import ModuleType
 
-from benchmarks import load, memory
+from benchmarks import decode, load, memory, plan, reload
 
-COMMANDS: dict[str, ModuleType] = {"load": load, "memory": memory}
+COMMANDS: dict[str, ModuleType] = {
+    "load": load,
+    "reload": reload,
+    "memory": memory,
+    "plan": plan,
+    "decode": decode,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,15 +14,24 @@ class Case:
     """What quantdock is given as ``quantize``."""
     bitsandbytes: Mapping[str, object] = field(default_factory=dict)
     """Arguments of transformers' ``BitsAndBytesConfig``; empty for no quantization."""
+    cached: bool = False
+    """quantdock finds its own result of an earlier load in its cache."""
 
 
-CASES: dict[str, Case] = {
-    "bf16": Case(),
-    "nf4": Case(preset="bnb-nf4", bitsandbytes={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-    "nf4-dq": Case(
-        preset="bnb-nf4-dq",
-        bitsandbytes={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    ),
+AS_STORED = "bf16"
+"""The case that asks for nothing: a checkpoint comes as it is stored, quantized or not."""
+
+_NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+METHODS: dict[str, Case] = {
+    "nf4": Case(preset="bnb-nf4", bitsandbytes=_NF4),
+    "nf4-dq": Case(preset="bnb-nf4-dq", bitsandbytes=_NF4 | {"bnb_4bit_use_double_quant": True}),
     "fp4": Case(preset="bnb-fp4", bitsandbytes={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
     "int8": Case(preset="bnb-int8", bitsandbytes={"load_in_8bit": True}),
+}
+
+CASES: dict[str, Case] = {
+    AS_STORED: Case(),
+    **METHODS,
+    "nf4-cached": Case(preset="bnb-nf4", bitsandbytes=_NF4, cached=True),
 }

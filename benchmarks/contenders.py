@@ -1,53 +1,93 @@
-"""Runs contenders, each load in a fresh process, in turns."""
+"""Who is measured, and where. What a contender needs is imported in its own process only."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import importlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmarks.jobs import Job, Outcome
+from benchmarks.cases import AS_STORED
+from benchmarks.jobs import Job
 
-_ROOT = Path(__file__).resolve().parent.parent
-_TAIL = 12
-"""Lines of a failed worker's standard error that are kept."""
+if TYPE_CHECKING:
+    import torch
 
+T = TypeVar("T")
 
-class ContenderError(Exception):
-    """A worker didn't come through; the message holds the end of what it wrote."""
+Loaded = Any
+"""``torch.nn.Module | Mapping[str, torch.Tensor]``: a model, or a state dict of what was only read."""
+Load = Callable[[str], Loaded]
+"""Loads a folder."""
 
-
-def run(job: Job, *, threads: int | None = None) -> Outcome:
-    """Do one job in a process of its own.
-
-    Args:
-        job: what to do.
-        threads: for torch and everything else that listens to ``OMP_NUM_THREADS``; ``None`` for their default.
-
-    Raises:
-        ContenderError: the process failed.
-    """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.worker"],
-        cwd=_ROOT,
-        env=environment,
-        input=json.dumps(dataclasses.asdict(job)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-_TAIL:])
-        raise ContenderError(f"{job.contender}, {job.case}: exit status {done.returncode}\n{tail}")
-    return Outcome(**json.loads(done.stdout))
+QUANTDOCK, TRANSFORMERS, FLOOR, LLAMA_CPP = "quantdock", "transformers", "floor", "llama.cpp"
+ALL = "all"
 
 
-def in_turns(contenders: list[str], run_number: int) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to get weights into memory."""
+
+    where: str
+    """``module:function``; the function takes a job, imports what it needs, and returns a ``Load``."""
+    about: str
+    cases: Collection[str] | None = None
+    """Those it can do; ``None`` for all."""
+    required: bool = False
+    """It fails, the benchmark fails; any other is left out, with the reason."""
+    partial: bool = False
+    """It makes only some of the model's tensors; those are compared."""
+
+
+CONTENDERS: Mapping[str, Contender] = {
+    QUANTDOCK: Contender(where="loaders:quantdock", about="quantdock.load", required=True),
+    TRANSFORMERS: Contender(where="loaders:transformers", about="from_pretrained", required=True),
+    FLOOR: Contender(
+        where="floor:floor",
+        about="maps the files and runs quantdock's kernel over the weights, no model",
+        cases=("nf4", "fp4", "int8"),
+        partial=True,
+    ),
+    "accelerate": Contender(
+        where="loaders:accelerate", about="load_checkpoint_and_dispatch into an empty model", cases=(AS_STORED,)
+    ),
+    "safetensors": Contender(
+        where="readers:safetensors", about="load_file of every shard, no model", cases=(AS_STORED,), partial=True
+    ),
+    "fastsafetensors": Contender(
+        where="readers:fastsafetensors", about="fastsafe_open of all shards, no model", cases=(AS_STORED,), partial=True
+    ),
+    "instanttensor": Contender(
+        where="readers:instanttensor", about="safe_open of all shards, no model", cases=(AS_STORED,), partial=True
+    ),
+    "runai": Contender(
+        where="readers:runai", about="SafetensorsStreamer of all shards, no model", cases=(AS_STORED,), partial=True
+    ),
+}
+"""quantdock comes first: the others are compared with it."""
+
+DEFAULT = (QUANTDOCK, TRANSFORMERS, FLOOR)
+
+
+def chosen(names: Sequence[str], case: str) -> list[str]:
+    """Those of ``names`` (or all) that can do ``case``; quantdock always and first."""
+    wanted = CONTENDERS if ALL in names else [name for name in CONTENDERS if name in names or name == QUANTDOCK]
+    return [name for name in wanted if (cases := CONTENDERS[name].cases) is None or case in cases]
+
+
+def loader(job: Job) -> Load:
+    """Import the job's contender; what comes back loads a folder."""
+    module, _, function = CONTENDERS[job.contender].where.partition(":")
+    make: Callable[[Job], Load] = getattr(importlib.import_module(f"benchmarks.{module}"), function)
+    return make(job)
+
+
+def state_of(loaded: Loaded) -> Mapping[str, torch.Tensor]:
+    """The state dict of a model, or what was only read."""
+    state: Mapping[str, torch.Tensor] = loaded if isinstance(loaded, Mapping) else loaded.state_dict()
+    return state
+
+
+def in_turns(names: Sequence[T], run_number: int) -> list[T]:
     """The contenders in the order of this run: every other one goes backwards, so that none always comes first."""
-    return contenders[::-1] if run_number % 2 else list(contenders)
+    return list(reversed(names)) if run_number % 2 else list(names)

@@ -1,4 +1,4 @@
-"""What a loaded model holds, counted the same way whoever loaded it."""
+"""What was loaded, counted the same way whoever loaded it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from benchmarks.contenders import Loaded, state_of
+
 _PAGE = 4096
 
 
-def tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Every tensor that the model holds, each piece of memory once.
+def tensors_of(loaded: Loaded) -> Iterator[torch.Tensor]:
+    """Every tensor that a model or a state dict holds, each piece of memory once.
 
     Looks at parameters, buffers, attributes of modules and parameters, and one object further: bitsandbytes keeps
     scales and code books in a ``QuantState`` beside its weights, and another one inside of that.
     """
     seen: set[int] = set()
     regions: set[tuple[int, int]] = set()
-    pending: list[object] = [model]
+    pending: list[object] = [loaded]
     while pending:
         item = pending.pop()
         if id(item) in seen:
@@ -42,24 +44,23 @@ def _held_by(item: object) -> list[object]:
     return []
 
 
-def nbytes(model: torch.nn.Module) -> int:
-    """Bytes of all tensors that the model holds."""
-    return sum(tensor.nbytes for tensor in tensors_of(model))
+def nbytes(loaded: Loaded) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.nbytes for tensor in tensors_of(loaded))
 
 
-def touch(model: torch.nn.Module) -> None:
+def touch(loaded: Loaded) -> None:
     """Read a byte of every page: a weight that is only mapped so far becomes resident."""
-    for tensor in tensors_of(model):
+    for tensor in tensors_of(loaded):
         if tensor.device.type == "cpu" and tensor.numel():
             _bytes(tensor)[::_PAGE].max()
 
 
-def checksums(model: torch.nn.Module) -> dict[str, str]:
+def checksums(loaded: Loaded) -> dict[str, str]:
     """Name -> dtype, shape and checksum of everything in the state dict."""
     return {
         name: f"{tensor.dtype}{list(tensor.shape)}:{zlib.crc32(_bytes(tensor).numpy().data):08x}"
-        for name, tensor in model.state_dict().items()
-        if isinstance(tensor, torch.Tensor)
+        for name, tensor in state_of(loaded).items()
     }
 
 

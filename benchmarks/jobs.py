@@ -25,6 +25,15 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SaveJob:
+    """Make a quantized checkpoint."""
+
+    folder: str
+    quantize: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What the worker measured; memory in bytes, time in seconds."""
 
@@ -48,6 +57,8 @@ class Outcome:
     """Of what was sampled, over the level before the load, touching included; not necessarily at the same moment."""
     model_nbytes: int
     """Bytes of the model's tensors."""
+    predicted_nbytes: int | None = None
+    """What quantdock's plan said the model would take."""
     stages: Mapping[str, float] = field(default_factory=dict)
     """quantdock's own account of the load."""
     checksums: Mapping[str, str] = field(default_factory=dict)
@@ -66,7 +77,7 @@ class Outcome:
 
     @property
     def overhead(self) -> int:
-        """Peak beyond what the model itself takes."""
+        """Peak beyond what the model itself takes, with every page of it in memory."""
         return self.growth - self.model_nbytes
 
     @property
@@ -74,3 +85,62 @@ class Outcome:
         """What the load had resident at its peak and gave back: the stricter look, where a part of the model is only
         mapped and so leaves room under ``overhead``."""
         return self.peak - self.settled
+
+    @property
+    def beyond(self) -> int:
+        """The larger of these two: what the load took beside its model."""
+        return max(self.overhead, self.passing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanJob:
+    """Plan one load, or only build its model."""
+
+    family: str
+    folder: str
+    warm_up: str
+    quantize: str | None
+    build_only: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOutcome:
+    """What planning took; memory in bytes, time in seconds."""
+
+    start_seconds: float
+    """Imports and the tiny plan, from a bare interpreter."""
+    seconds: float
+    growth: int
+    """Peak over the level before."""
+    held: int
+    """Resident with the plan made, over the level before."""
+    planned_nbytes: int | None
+    """What the plan says the model will take."""
+    stages: Mapping[str, float]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeJob:
+    """Load a model and let it generate, one token at a time."""
+
+    load: Job
+    prompt: int
+    """Tokens that are there at the start."""
+    tokens: int
+    """To generate after them, whatever they are."""
+    repeats: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOutcome:
+    """How fast a model is; the best of the repeats counts, which other tasks on the machine disturb least."""
+
+    prefill_seconds: list[float]
+    """For the whole prompt at once, each repeat."""
+    decode_seconds: list[float]
+    """For all generated tokens but the first, which comes from the prompt, each repeat."""
+    tokens: list[int]
+    """What was generated: always the likeliest."""
+    versions: Mapping[str, str]
+    threads: int

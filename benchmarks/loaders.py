@@ -1,21 +1,27 @@
-"""The contenders' own words: one function each, called in that contender's process."""
+"""The contenders that make a model: one function each, called in that contender's process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.cases import CASES
+from benchmarks.contenders import Load
 from benchmarks.jobs import Job
 
 
-def quantdock(job: Job) -> Callable[[str], torch.nn.Module]:
-    """Import quantdock; what comes back loads a folder."""
+def quantdock(job: Job) -> Load:
+    """``quantdock.load``."""
     import quantdock
 
-    options: dict[str, Any] = {"quantize": CASES[job.case].preset, "device_map": "cpu", "progress": False}
+    case = CASES[job.case]
+    options: dict[str, Any] = {
+        "quantize": case.preset,
+        "device_map": "cpu",
+        "cache": case.cached,
+        "progress": False,
+    }
     if job.memory_budget is not None:
         options["memory_budget"] = job.memory_budget
     if job.workers is not None:
@@ -23,8 +29,8 @@ def quantdock(job: Job) -> Callable[[str], torch.nn.Module]:
     return lambda folder: quantdock.load(folder, **options)
 
 
-def transformers(job: Job) -> Callable[[str], torch.nn.Module]:
-    """Import transformers; what comes back loads a folder."""
+def transformers(job: Job) -> Load:
+    """``AutoModelForCausalLM.from_pretrained``."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
@@ -40,8 +46,18 @@ def transformers(job: Job) -> Callable[[str], torch.nn.Module]:
     return load
 
 
-CONTENDERS: dict[str, Callable[[Job], Callable[[str], torch.nn.Module]]] = {
-    "quantdock": quantdock,
-    "transformers": transformers,
-}
-"""quantdock comes first: the others are compared with it."""
+def accelerate(job: Job) -> Load:
+    """accelerate's ``load_checkpoint_and_dispatch`` into transformers' model on the meta device."""
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def load(folder: str) -> torch.nn.Module:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        model.tie_weights()
+        ready: torch.nn.Module = load_checkpoint_and_dispatch(
+            model, folder, device_map={"": "cpu"}, dtype=torch.bfloat16
+        )
+        return ready.eval()
+
+    return load

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "bitsandbytes",
+    "quantdock",
+    "quantdock-bnb",
+    "quantdock-kernels",
+    "quantdock-transformers",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +44,25 @@ class Machine:
             python=platform.python_version(),
         )
 
-    def header(self, versions: Mapping[str, str], threads: int) -> str:
-        """The machine and what ran on it, in three lines."""
+    def header(self, versions: Mapping[str, str], threads: int | None = None) -> str:
+        """The machine and what ran on it, a line each; threads where there are any to tell of."""
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-        return (
+        lines = (
             f"machine   {self.cpu}, {self.cores} cores, {self.memory_nbytes / 2**30:.0f} GiB, {self.system}\n"
-            f"versions  Python {self.python}, {listed}\n"
-            f"threads   {threads}"
+            f"versions  Python {self.python}, {listed}"
         )
+        return lines if threads is None else f"{lines}\nthreads   {threads}"
+
+
+def versions() -> dict[str, str]:
+    """What is installed in this environment, of the packages that take part, and what quantdock's operations run on."""
+    from quantdock import ops
+
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found | {"operations on": ops.implementation()}
 
 
 def _cpu() -> str:

@@ -1,4 +1,4 @@
-"""The worker process: does one job, given as JSON on standard input, and prints the outcome as one line of JSON.
+"""The process of one measured load: does a job, given as JSON on standard input, and prints the outcome as JSON.
 
 Nothing heavy is imported at the top: imports are part of what is measured.
 """
@@ -11,25 +11,19 @@ import gc
 import json
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import Any
 
-from benchmarks import residency
+from benchmarks import contenders, residency
 from benchmarks.jobs import Job, Outcome
-
-if TYPE_CHECKING:
-    import torch
-
-_PACKAGES = ("torch", "transformers", "bitsandbytes", "quantdock", "quantdock-bnb", "quantdock-transformers")
+from benchmarks.machine import versions
 
 
 def measure(job: Job) -> Outcome:
     """Import, warm up, load, touch."""
     start = time.perf_counter()
     from benchmarks import contents
-    from benchmarks.loaders import CONTENDERS
 
-    load = CONTENDERS[job.contender](job)
+    load = contenders.loader(job)
     load(job.warm_up)
     gc.collect()
     started = time.perf_counter()
@@ -39,17 +33,17 @@ def measure(job: Job) -> Outcome:
     sampler = residency.Sampler() if job.sample else None
     with sampler or contextlib.nullcontext():
         begin, cpu = time.perf_counter(), time.process_time()
-        model = load(job.folder)
-        loaded = time.perf_counter()
+        loaded = load(job.folder)
+        done = time.perf_counter()
         peak, after = residency.peak(), residency.level()
         touching = time.perf_counter()
-        contents.touch(model)
+        contents.touch(loaded)
         touched, cpu = time.perf_counter(), time.process_time() - cpu
         peak_touched = residency.peak()
 
     return Outcome(
         start_seconds=started - start,
-        load_seconds=loaded - begin,
+        load_seconds=done - begin,
         touch_seconds=touched - touching,
         cpu_seconds=cpu,
         level=level.anonymous + level.file,
@@ -58,20 +52,21 @@ def measure(job: Job) -> Outcome:
         peak_touched=peak_touched,
         peak_anonymous=None if sampler is None else sampler.peak_anonymous - level.anonymous,
         peak_file=None if sampler is None else sampler.peak_file - level.file,
-        model_nbytes=contents.nbytes(model),
-        stages=_stages(job, model),
-        checksums=contents.checksums(model) if job.checksums else {},
-        versions=_versions(),
+        model_nbytes=contents.nbytes(loaded),
+        checksums=contents.checksums(loaded) if job.checksums else {},
+        versions=versions(),
         threads=_threads(),
+        **_own_account(job, loaded),
     )
 
 
-def _stages(job: Job, model: torch.nn.Module) -> dict[str, float]:
-    if job.contender != "quantdock":
+def _own_account(job: Job, loaded: contenders.Loaded) -> dict[str, Any]:
+    if job.contender != contenders.QUANTDOCK:
         return {}
     import quantdock
 
-    return dict(quantdock.report(model).seconds)
+    report = quantdock.report(loaded)
+    return {"predicted_nbytes": report.predicted_nbytes, "stages": dict(report.seconds)}
 
 
 def _threads() -> int:
@@ -80,15 +75,7 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
 if __name__ == "__main__":
     answer, sys.stdout = sys.stdout, sys.stderr  # what a library prints isn't the answer
     outcome = measure(Job(**json.load(sys.stdin)))
-    print(json.dumps(dataclasses.asdict(outcome)), file=answer)
+    print(json.dumps(dataclasses.asdict(outcome)), file=answer, flush=True)

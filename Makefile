@@ -11,16 +11,18 @@ STAMP := $(VENV)/.installed
 
 # Every folder with a pyproject.toml is a package of ours, installed so that edits take effect at once. The toy plugin
 # stands for a stranger's: it is installed as a copy, from nothing but its own pyproject.toml.
-PACKAGES := $(patsubst %/pyproject.toml,%,$(wildcard core/pyproject.toml plugins/*/pyproject.toml))
+PACKAGES := $(patsubst %/pyproject.toml,%,$(wildcard core/pyproject.toml kernels/pyproject.toml plugins/*/pyproject.toml))
 TOY := $(patsubst %/pyproject.toml,%,$(wildcard tests/toy_plugin/pyproject.toml))
 TOY_FILES := $(if $(TOY),$(shell find $(TOY) -name '*.py' -o -name '*.toml'))
+# What is compiled when it is installed, and only then.
+C_SOURCES := $(wildcard kernels/CMakeLists.txt kernels/csrc/*)
 PYPROJECTS := $(addsuffix /pyproject.toml,$(PACKAGES))
 
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types contracts tests format wheels clean
+.PHONY: help setup demo test check lint types contracts tests torch format wheels clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -28,7 +30,7 @@ help: ## this list
 setup: $(STAMP) ## the virtual environment, with every package and tool
 
 # pip goes first: the one that comes with Python may be too old for build constraints.
-$(STAMP): constraints.txt requirements-dev.txt $(PYPROJECTS) $(TOY_FILES)
+$(STAMP): constraints.txt requirements-dev.txt $(PYPROJECTS) $(TOY_FILES) $(C_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --upgrade pip
 	$(PIP_INSTALL) --build-constraint constraints.txt -r requirements-dev.txt $(PACKAGES:%=-e ./%) $(TOY:%=./%)
@@ -40,7 +42,7 @@ demo: $(STAMP) ## fetch a small model and show what quantdock does with it
 
 test: tests ## the same as tests
 
-check: lint types contracts tests ## everything that has to pass before a change goes in
+check: lint types contracts tests torch ## everything that has to pass before a change goes in
 
 lint: $(STAMP) ## style, likely bugs, formatting
 	$(BIN)/ruff check .
@@ -54,6 +56,10 @@ contracts: $(STAMP) ## who may import whom
 
 tests: $(STAMP) ## the tests of all packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What quantizes, again without the compiled kernels: as where they are not installed.
+torch: $(STAMP) ## the tests of what kernels make faster, without kernels
+	QUANTDOCK_KERNELS=off $(BIN)/python -m pytest $(PYTEST_ARGS) $(wildcard core/tests/test_ops*.py) plugins/bnb/tests tests/test_bnb_parity.py
 
 format: $(STAMP) ## rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix .

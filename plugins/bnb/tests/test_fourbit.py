@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -11,17 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantdock_bnb import chunks, fourbit
-from quantdock_bnb.chunks import CHUNK, LARGE_CHUNK
+from quantdock_bnb import fourbit
 from quantdock_bnb.config import BLOCKSIZES, STORAGE_DTYPES
+
+sys.path.insert(0, str(Path(__file__).parent))
+from whole import four_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INFINITY = float("inf")
+# Where torch's implementation goes on with the next chunk; LARGE_CHUNK where torch is single-threaded.
+CHUNK, LARGE_CHUNK = 28672, 286720
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bytes, so that NaN equals NaN and -0 doesn't equal 0."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    """The tensor's bytes, so that -0 doesn't equal 0. NaNs are made equal: which of the many it is, nobody says."""
+    values = tensor.detach().contiguous().reshape(-1)
+    return torch.where(values.isnan(), torch.nan, values).view(torch.uint8) if values.is_floating_point() else values
 
 
 def same_as_bitsandbytes(tensor: Tensor, *, quant_type: str, blocksize: int, nested: bool = False) -> None:
@@ -29,7 +36,7 @@ def same_as_bitsandbytes(tensor: Tensor, *, quant_type: str, blocksize: int, nes
     expected, expected_state = bnb.functional.quantize_4bit(
         tensor, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
     )
-    data, state = fourbit.quantize(
+    data, state = four_bits(
         tensor, quant_type=quant_type, blocksize=blocksize, nested=nested, quant_storage=torch.uint8
     )
     theirs = {"weight": expected} | {
@@ -48,7 +55,7 @@ def same_as_bitsandbytes(tensor: Tensor, *, quant_type: str, blocksize: int, nes
 
 def at_the_bounds(generator: torch.Generator, count: int) -> Tensor:
     """Values at and right beside every decision bound, in blocks whose largest value is one."""
-    bounds = torch.cat([table(kind).bounds[:-1] for kind in ("nf4", "fp4")])
+    bounds = torch.cat([code(kind).bounds for kind in ("nf4", "fp4")])
     one = torch.ones(1)
     near = torch.cat([bounds, bounds.nextafter(one), bounds.nextafter(-one), torch.tensor([1.0, -1.0, 0.0, -0.0])])
     values = near[torch.randint(len(near), (count,), generator=generator)]
@@ -56,8 +63,8 @@ def at_the_bounds(generator: torch.Generator, count: int) -> Tensor:
     return values
 
 
-def table(quant_type: str) -> fourbit.CodeTable:
-    found = fourbit.code_table(quant_type)
+def code(quant_type: str) -> fourbit.Code:
+    found = fourbit.code_of(quant_type)
     assert found is not None
     return found
 
@@ -108,16 +115,64 @@ def test_any_tensor(
 
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_across_chunks(kind: str, quant_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_across_chunks(kind: str, quant_type: str) -> None:
     """Several chunks, a last one that is shorter, and a block that isn't whole."""
-    monkeypatch.setattr(chunks, "CHUNK", 4096)
-    monkeypatch.setattr(chunks, "LARGE_CHUNK", 4096)
-    monkeypatch.setattr(fourbit, "_FLUSH", 256)
-    count = 4 * 4096 + 7 * 64 + 13
+    count = 2 * CHUNK + 7 * 64 + 13
     tensor = KINDS[kind](torch.Generator().manual_seed(1), count)
     for dtype in DTYPES:
         same_as_bitsandbytes(tensor.to(dtype), quant_type=quant_type, blocksize=64)
     same_as_bitsandbytes(tensor, quant_type=quant_type, blocksize=4096, nested=True)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_slice_by_slice(quant_type: str) -> None:
+    """Slices of whole blocks, quantized in any order, make the same result as all at once."""
+    tensor = KINDS["normal"](torch.Generator().manual_seed(2), 64 * 100 + 37).bfloat16()
+    expected, expected_state = four_bits(
+        tensor, quant_type=quant_type, blocksize=64, nested=True, quant_storage=torch.uint8
+    )
+    packed = torch.empty((len(tensor) + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(101)
+    for start, end in ((64 * 70, len(tensor)), (0, 64 * 3), (64 * 3, 64 * 70)):
+        fourbit.quantize_into(
+            tensor[start:end],
+            packed[start // 2 : (end + 1) // 2],
+            absmax[start // 64 : -(-end // 64)],
+            quant_type=quant_type,
+            blocksize=64,
+        )
+    state = fourbit.state_of(
+        absmax, shape=tensor.shape, dtype=tensor.dtype, blocksize=64, quant_type=quant_type, nested=True
+    )
+    whole = fourbit.to_components("weight", expected, expected_state)
+    parts = fourbit.to_components("weight", packed.unsqueeze(1), state)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@settings(deadline=None, max_examples=50)
+@given(kind=st.sampled_from(list(KINDS)), count=st.integers(1, 3000), seed=st.integers(0, 2**32))
+def test_any_scales(kind: str, count: int, seed: int) -> None:
+    scales = KINDS[kind](torch.Generator().manual_seed(seed), count)
+    codes, state = fourbit.quantize_scales(scales)
+    expected, expected_state = bnb.functional.quantize_blockwise(scales, blocksize=256)
+    assert torch.equal(codes, expected)
+    assert torch.equal(bits(state.absmax), bits(expected_state.absmax))
+    assert torch.equal(state.code, expected_state.code)
+    assert (state.blocksize, state.dtype) == (expected_state.blocksize, expected_state.dtype)
+
+
+def test_every_cell_of_the_scale_map() -> None:
+    scale_map = fourbit.scale_map_of()
+    assert scale_map is not None
+    near = (torch.arange(1 << 16, dtype=torch.float64) / 32767.5 - 1).float()
+    edges = (near[:-1] + near[1:]) / 2
+    one = torch.ones(1)
+    for values in (edges, edges.nextafter(one), edges.nextafter(-one)):
+        blocks = torch.cat([values.view(-1, 255), one.expand(257, 1)], 1).view(-1)
+        codes, _ = fourbit.quantize_scales(blocks)
+        expected, _ = bnb.functional.quantize_blockwise(blocks, blocksize=256)
+        assert torch.equal(codes, expected)
 
 
 @pytest.mark.parametrize("count", [CHUNK - 64, CHUNK, CHUNK + 1, CHUNK + 64, LARGE_CHUNK + 65, 64, 63, 1])
@@ -144,29 +199,40 @@ def test_every_bfloat16_of_a_block(quant_type: str) -> None:
 def test_quant_storage(storage: torch.dtype, shape: tuple[int, int]) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected, _ = bnb.functional.quantize_4bit(tensor, quant_type="nf4", quant_storage=storage)
-    data, state = fourbit.quantize(tensor, quant_type="nf4", blocksize=64, nested=False, quant_storage=storage)
+    data, state = four_bits(tensor, quant_type="nf4", blocksize=64, nested=False, quant_storage=storage)
     assert data.dtype == storage
     assert data.shape == expected.shape
     assert torch.equal(bits(data), bits(expected))
     assert state.shape == shape
 
 
-def test_without_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bitsandbytes that quantizes differently is asked itself, piece by piece."""
-    monkeypatch.setattr(fourbit, "code_table", lambda quant_type: None)
+    monkeypatch.setattr(fourbit, "code_of", lambda quant_type: None)
+    monkeypatch.setattr(fourbit, "scale_map_of", lambda: None)
     tensor = torch.randn(CHUNK + 77, generator=torch.Generator().manual_seed(0))
     for blocksize in (32, 64, 4096):
         same_as_bitsandbytes(tensor, quant_type="nf4", blocksize=blocksize, nested=True)
 
 
-def test_a_table_that_bitsandbytes_contradicts_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    fourbit.code_table.cache_clear()
+def test_a_code_that_bitsandbytes_contradicts_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    fourbit.code_of.cache_clear()
     real = bnb.functional.get_4bit_type
     monkeypatch.setattr(bnb.functional, "get_4bit_type", lambda *args, **kwargs: real(*args, **kwargs) * 1.001)
     try:
-        assert fourbit.code_table("nf4") is None
+        assert fourbit.code_of("nf4") is None
     finally:
-        fourbit.code_table.cache_clear()
+        fourbit.code_of.cache_clear()
+
+
+def test_a_scale_map_that_bitsandbytes_contradicts_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    fourbit.scale_map_of.cache_clear()
+    real = bnb.functional.quantize_blockwise
+    monkeypatch.setattr(bnb.functional, "quantize_blockwise", lambda a, **kwargs: real(a.pow(3), **kwargs))
+    try:
+        assert fourbit.scale_map_of() is None
+    finally:
+        fourbit.scale_map_of.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (33, 65), (7, 31)])
@@ -175,5 +241,5 @@ def test_dequantize(shape: tuple[int, int], nested: bool) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     packed, state = bnb.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=nested)
     expected = bnb.functional.dequantize_4bit(packed, state)
-    data, ours = fourbit.quantize(tensor, quant_type="nf4", blocksize=64, nested=nested, quant_storage=torch.uint8)
+    data, ours = four_bits(tensor, quant_type="nf4", blocksize=64, nested=nested, quant_storage=torch.uint8)
     assert torch.equal(fourbit.dequantize(data, ours), expected)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -10,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantdock_bnb import fourbit, int8
+from quantdock_bnb import fourbit
 from quantdock_bnb.config import BitsAndBytesConfig
 from quantdock_bnb.quantizer import BitsAndBytesQuantizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from whole import eight_bits, four_bits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,9 +49,7 @@ def same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_four_bits_are_those_of_bitsandbytes(quant_type: str, nested: bool) -> None:
     tensor = torch.randn(512, 768, device="cuda").bfloat16()
     expected, expected_state = bnb.functional.quantize_4bit(tensor, quant_type=quant_type, compress_statistics=nested)
-    data, state = fourbit.quantize(
-        tensor, quant_type=quant_type, blocksize=64, nested=nested, quant_storage=torch.uint8
-    )
+    data, state = four_bits(tensor, quant_type=quant_type, blocksize=64, nested=nested, quant_storage=torch.uint8)
     ours, theirs = (fourbit.to_components("w", d, s) for d, s in ((data, state), (expected, expected_state)))
     same_state(ours, theirs)
 
@@ -55,7 +58,7 @@ def test_eight_bits_are_those_of_bitsandbytes() -> None:
     """In several pieces, which bitsandbytes does in one."""
     matrix = torch.randn(3000, 1024, device="cuda").bfloat16()
     expected, expected_scales, _ = bnb.functional.int8_vectorwise_quant(matrix.to(torch.float16))
-    codes, scales = int8.quantize(matrix)
+    codes, scales = eight_bits(matrix)
     assert torch.equal(codes, expected)
     assert torch.equal(scales, expected_scales)
 

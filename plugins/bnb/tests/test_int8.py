@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -10,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantdock_bnb import int8
-from quantdock_bnb.chunks import CHUNK
+
+sys.path.insert(0, str(Path(__file__).parent))
+from whole import eight_bits
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -20,7 +25,7 @@ def bits(tensor: Tensor) -> Tensor:
 def same_as_bitsandbytes(matrix: Tensor) -> None:
     before = matrix.clone()
     reference = bnb.nn.Int8Params(matrix.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
-    codes, scales = int8.quantize(matrix)
+    codes, scales = eight_bits(matrix)
     assert codes.dtype == torch.int8
     assert torch.equal(codes, reference.data)
     assert torch.equal(scales.isnan(), reference.SCB.isnan())  # which of the many NaNs it is, nobody says
@@ -49,9 +54,19 @@ def test_any_matrix(
     same_as_bitsandbytes(matrix.t() if transposed else matrix)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(100, 700), (3, CHUNK + 5), (57, 1024), (1, 1)])
+@pytest.mark.parametrize(("rows", "columns"), [(100, 700), (3, 28677), (57, 1024), (1, 1)])
 def test_across_chunks(rows: int, columns: int) -> None:
     same_as_bitsandbytes(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16())
+
+
+def test_rows_by_rows() -> None:
+    matrix = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
+    codes, scales = torch.empty(50, 70, dtype=torch.int8), torch.empty(50)
+    for rows in (slice(20, 50), slice(0, 20)):
+        int8.quantize_rows_into(matrix[rows], codes[rows], scales[rows])
+    expected, expected_scales = eight_bits(matrix)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scales, expected_scales)
 
 
 def test_when_bitsandbytes_quantizes_differently(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,5 +86,5 @@ def test_it_is_asked_whether_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dequantize() -> None:
     matrix = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
-    codes, scales = int8.quantize(matrix)
+    codes, scales = eight_bits(matrix)
     assert torch.equal(int8.dequantize(codes, scales), bnb.functional.int8_vectorwise_dequant(codes, scales))

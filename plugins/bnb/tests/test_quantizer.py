@@ -260,6 +260,23 @@ def test_what_was_left_alone_is_saved_as_such(load: Any, tools: Any) -> None:
     assert skipped == modules - {described[name].module for name in taken}
 
 
+@given(
+    modules=st.lists(st.from_regex(r"[ab_](\.?[ab_1]){0,4}", fullmatch=True), unique=True, min_size=1, max_size=8),
+    data=st.data(),
+)
+def test_what_is_listed_matches_what_was_left_alone_and_nothing_else(modules: list[str], data: st.DataObject) -> None:
+    spec = TensorSpec(dtype=torch.float32, shape=(8, 8))
+    described = {
+        f"{module}.weight": Parameter(name=f"{module}.weight", spec=spec, module_type=nn.Linear, role="linear")
+        for module in modules
+    }
+    left = data.draw(st.sets(st.sampled_from(modules)))
+    quantizer = BitsAndBytesQuantizer(BitsAndBytesConfig(load_in_4bit=True))
+    quantizer.parameters = {name: one for name, one in described.items() if one.module not in left}
+    listed = [_SkipPattern(item) for item in quantizer.saved_config(described)["llm_int8_skip_modules"] or ()]
+    assert {module for module in modules if any(pattern.matches(module) for pattern in listed)} == left
+
+
 def test_nothing_left_alone_is_not_listed(tools: Any) -> None:
     described = tools.parameters_of(small(tools))
     quantizer = BitsAndBytesQuantizer(NF4)

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 import quantdock
-from quantdock_bnb.chunks import CHUNK, LARGE_CHUNK, chunk
 
 PRESETS = {"bnb-nf4": ("nf4", False), "bnb-nf4-dq": ("nf4", True), "bnb-fp4": ("fp4", False)}
 
@@ -53,16 +52,5 @@ def test_the_bits_do_not_depend_on_the_workers(folder: Path, preset: str, thread
                 found = model.layers[index].state_dict()
                 assert found.keys() == expected.keys()
                 assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_chunks_follow_the_threads_that_torch_has() -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert chunk() == LARGE_CHUNK
-        torch.set_num_threads(2)
-        assert chunk() == CHUNK
     finally:
         torch.set_num_threads(before)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import bitsandbytes as bnb
@@ -22,8 +23,11 @@ from quantdock import (
     hookimpl,
 )
 from quantdock_bnb.config import BitsAndBytesConfig
-from quantdock_bnb.formats import EightBit, Format, FourBit
+from quantdock_bnb.formats import Format
+from quantdock_bnb.fourbit_format import FourBit
+from quantdock_bnb.int8_format import EightBit
 
+_PLAIN = re.compile(r"[\w.-]+")
 _LINEAR = ("linear", "linear-transposed")
 
 
@@ -43,6 +47,7 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
                 "quantization_config out of its config.json, and pass quantize= to quantize it while loading"
             )
         self._format: Format = FourBit(config) if config.load_in_4bit else EightBit(config)
+        self._layouts: dict[tuple[str, TensorSpec, str], Layout] = {}
         self._skipped = [_SkipPattern(item) for item in config.llm_int8_skip_modules or ()]
 
     # What the core asks -------------------------------------------------------------------------------------------
@@ -65,7 +70,11 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
         return None
 
     def layout(self, parameter: Parameter) -> Layout:
-        return self._format.layout(parameter)
+        # One for all layers of a shape: of a parameter's name, only the leaf is in it.
+        kind = (parameter.leaf, parameter.spec, parameter.role)
+        if kind not in self._layouts:
+            self._layouts[kind] = self._format.layout(parameter)
+        return self._layouts[kind]
 
     def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
         return self._format.stored_layout(parameter, found)
@@ -83,14 +92,20 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
             for name, parameter in parameters.items()
             if parameter.role in _LINEAR and name not in self.parameters
         )
-        taken = [parameter.module for parameter in self.parameters.values()]
+        taken = _Names([parameter.module for parameter in self.parameters.values()])
         listed = list(self.config.llm_int8_skip_modules or ())
+        plain: set[str] = set()
         for module in left:
-            if not any(item.matches(module) for item in map(_SkipPattern, listed)):
-                pattern = _SkipPattern(module)
-                # A plain name also stands for every name that ends in it; anchored, it stands for itself.
-                unclear = any(pattern.matches(other) for other in taken)
-                listed.append(f"^{re.escape(module)}$" if unclear else module)
+            if any(item.matches(module) for item in self._skipped) or any(
+                module[start:] in plain for start in range(len(module))
+            ):
+                continue
+            # A plain name also stands for every name that ends in it; anchored, it stands for itself.
+            if not _PLAIN.fullmatch(module) or taken.has_like(module):
+                listed.append(f"^{re.escape(module)}$")
+            else:
+                listed.append(module)
+                plain.add(module)
         skip = tuple(listed) if listed else None
         return dataclasses.replace(self.config, llm_int8_skip_modules=skip).to_dict()
 
@@ -143,6 +158,15 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
             return None
         return self._format.quantize(parameter, _oriented(parameter, tensor))
 
+    def begin_slices(self, parameter: Parameter, device: torch.device) -> dict[str, Tensor]:
+        return self._format.begin_slices(parameter, device)
+
+    def quantize_slice(self, parameter: Parameter, tensor: Tensor, start: int, parts: Mapping[str, Tensor]) -> None:
+        self._format.quantize_slice(parameter, _oriented(parameter, tensor), start, parts)
+
+    def finish_slices(self, parameter: Parameter, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._format.finish_slices(parameter, parts)
+
     def install(self, model: nn.Module, parameter: Parameter, components: Mapping[str, Tensor]) -> None:
         self._format.install(model.get_submodule(parameter.module), parameter, components)
 
@@ -170,6 +194,35 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
 def _oriented(parameter: Parameter, tensor: Tensor) -> Tensor:
     """``[in, out]`` to ``[out, in]`` and back; bitsandbytes stores the latter."""
     return tensor.t() if parameter.role == "linear-transposed" else tensor
+
+
+class _Names:
+    """Names of modules, asked for those that an entry of ``llm_int8_skip_modules`` would match if it were a name."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._backwards = sorted(name[::-1] for name in self._names)
+        self._starts: dict[tuple[int, ...], set[str]] = {}
+
+    def has_like(self, entry: str) -> bool:
+        """Whether one ends in ``entry``, or starts with it up to the end of a dotted part; a dot in an entry matches
+        any character. Names are sorted once and starts are collected once for all entries with dots in the same places,
+        so that the time doesn't grow with the number of entries times that of names."""
+        found = bisect_left(self._backwards, entry[::-1])
+        if found < len(self._backwards) and self._backwards[found].startswith(entry[::-1]):
+            return True
+        cuts = (*(place for place, letter in enumerate(entry) if letter == "."), len(entry))
+        if cuts not in self._starts:
+            end = len(entry)
+            whole = (name for name in self._names if len(name) == end or "." in name[end - 1 : end + 1])
+            self._starts[cuts] = {_between(name[:end], cuts) for name in whole if len(name) >= end}
+        return _between(entry, cuts) in self._starts[cuts]
+
+
+def _between(name: str, cuts: tuple[int, ...]) -> str:
+    """``name`` with the characters at ``cuts`` made dots."""
+    starts = (0, *(cut + 1 for cut in cuts))
+    return ".".join(name[start:end] for start, end in zip(starts, cuts, strict=False))
 
 
 class _SkipPattern:

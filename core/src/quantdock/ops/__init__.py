@@ -1,0 +1,25 @@
+"""Operations on the bits of weights, for plugins: ``from quantdock import ops``.
+
+Each operation writes into tensors that the caller brings, so that a result can be filled slice by slice. What it
+computes is defined by its implementation in torch. Where the package ``quantdock-kernels`` is installed,
+compiled code gives the same bits faster; ``implementation()`` says which of the two is at work. The environment
+variable ``QUANTDOCK_KERNELS``, read at the first use, chooses: ``off`` for torch, or an instruction set for compiled
+code.
+"""
+
+from __future__ import annotations
+
+from quantdock.ops.blockwise_4bit import WORKING_BYTES_4BIT, quantize_blockwise_4bit
+from quantdock.ops.blockwise_8bit import WORKING_BYTES_8BIT, quantize_blockwise_8bit
+from quantdock.ops.choice import implementation
+from quantdock.ops.rows import quantize_rows_int8, rows_int8_working_bytes
+
+__all__ = [
+    "WORKING_BYTES_4BIT",
+    "WORKING_BYTES_8BIT",
+    "implementation",
+    "quantize_blockwise_4bit",
+    "quantize_blockwise_8bit",
+    "quantize_rows_int8",
+    "rows_int8_working_bytes",
+]

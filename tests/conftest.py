@@ -53,6 +53,8 @@ def tiny_copy(tiny: TinyFactory, tmp_path: Path) -> TinyFactory:
 
 
 @pytest.fixture(autouse=True)
-def _no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's own policy must not decide a test."""
+def _no_policy(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The machine's own policy must not decide a test, nor its result cache; and no test writes to that."""
     monkeypatch.delenv("QUANTDOCK_POLICY", raising=False)
+    monkeypatch.delenv("QUANTDOCK_CACHE", raising=False)
+    monkeypatch.setenv("QUANTDOCK_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "results"))

@@ -15,7 +15,7 @@ import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from quantdock import __version__, loading
+from quantdock import __version__, calls
 from quantdock.architecture import Architecture
 from quantdock.cli.app import app
 from quantdock.cli.arguments import (
@@ -163,14 +163,14 @@ def test_listings_are_fast() -> None:
 def test_options_are_arguments_of_load_and_inspect() -> None:
     import inspect as introspection
 
-    assert LoadArguments().options().keys() <= introspection.signature(loading.load).parameters.keys()
+    assert LoadArguments().options().keys() <= introspection.signature(calls.load).parameters.keys()
     assert SourceArguments().options().keys() <= introspection.signature(inspect).parameters.keys()
 
 
 def test_options_left_out_are_the_defaults_of_load() -> None:
     import inspect as introspection
 
-    parameters = introspection.signature(loading.load).parameters
+    parameters = introspection.signature(calls.load).parameters
     assert LoadArguments().options() == {name: parameters[name].default for name in LoadArguments().options()}
 
 
@@ -350,8 +350,8 @@ def test_names_can_not_reach_the_terminal(folder: Path) -> None:
 @pytest.fixture
 def own_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every load builds a ``Tiny``."""
-    plan = loading.plan
-    monkeypatch.setattr(loading, "plan", lambda source, **options: plan(source, model=Tiny, **options))
+    plan = calls.plan
+    monkeypatch.setattr(calls, "plan", lambda source, **options: plan(source, model=Tiny, **options))
     return folder
 
 

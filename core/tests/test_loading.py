@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import subprocess
@@ -141,6 +142,37 @@ def test_progress_counts_to_the_end(tmp_path: Path) -> None:
     quantdock.load(tmp_path, model=Plain, progress=seen.append, workers=3)
     assert seen[-1].stored_nbytes == seen[-1].total_nbytes > 0
     assert seen[-1].parameters == seen[-1].total_parameters == 8
+
+
+_FIRST_LOOK = """
+import io, sys
+sys.stderr = shown = io.StringIO()
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            print(repr(shown.getvalue()))
+
+sys.meta_path.insert(0, Watch())
+import quantdock
+model = lambda: __import__("torch").nn.Linear(2, 2)
+quantdock.load({source!r}, model=model, progress={progress}, ignore_unexpected=["*"], allow_missing=["*"])
+print(repr(shown.getvalue()))
+"""
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_a_load_says_what_it_waits_for_before_torch_is_imported(tmp_path: Path, progress: bool | None) -> None:
+    write_plain(tmp_path)
+    code = _FIRST_LOOK.format(source=str(tmp_path), progress=progress)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    first, last = map(ast.literal_eval, out)
+    if progress:
+        assert first == f"loading {tmp_path}: importing torch\n"
+        assert "reading the headers" in last
+    else:
+        assert first == last == ""
 
 
 def test_one_file_may_be_named(tmp_path: Path) -> None:

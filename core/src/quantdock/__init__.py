@@ -23,6 +23,7 @@ _HOMES = {
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     ),
+    "calls": ("load", "plan"),
     "checkpoint": ("Checkpoint",),
     "config": ("ModelConfig", "read_json_object"),
     "conversion": ("Assembly", "Conversion", "Piece", "rename"),
@@ -46,7 +47,6 @@ _HOMES = {
     "hookspecs": ("hookimpl",),
     "inspecting": ("Inspection", "inspect"),
     "layout": ("Capabilities", "Layout", "Slices"),
-    "loading": ("load", "plan"),
     "options": ("LoadOptions",),
     "planning": ("Plan",),
     "quantizer": ("QuantizationConfig", "Quantizer", "runtime"),
@@ -134,6 +134,7 @@ if TYPE_CHECKING:
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
+    from quantdock.calls import load, plan
     from quantdock.checkpoint import Checkpoint
     from quantdock.config import ModelConfig, read_json_object
     from quantdock.conversion import Assembly, Conversion, Piece, rename
@@ -157,7 +158,6 @@ if TYPE_CHECKING:
     from quantdock.hookspecs import hookimpl
     from quantdock.inspecting import Inspection, inspect
     from quantdock.layout import Capabilities, Layout, Slices
-    from quantdock.loading import load, plan
     from quantdock.options import LoadOptions
     from quantdock.planning import Plan
     from quantdock.quantizer import QuantizationConfig, Quantizer, runtime

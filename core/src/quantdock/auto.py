@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from quantdock.calls import load
 from quantdock.errors import ConfigError
-from quantdock.loading import load
 from quantdock.matching import NEW_HEAD
 from quantdock.reporting import report
 
@@ -39,6 +39,7 @@ _SAME = {
     "policy",
     "plugins",
     "progress",
+    "cache",
 }
 _RENAMED = {"quantization_config": "quantize", "offload_folder": "offload_dir"}
 _WITHOUT_EFFECT = {"low_cpu_mem_usage", "_fast_init", "offload_state_dict", "weights_only"}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantdock.errors import UnsupportedError
 from quantdock.layout import Layout
 from quantdock.options import LoadOptions
-from quantdock.patterns import is_literal, matches, matching
+from quantdock.patterns import PatternIndex, is_literal
 from quantdock.registry import Chosen, Rule, Selection
 from quantdock.tensors import Parameter, StoredTensor
+from quantdock.tying import TiedGroup
 
 if TYPE_CHECKING:
     from quantdock.matching import Match
@@ -39,6 +40,9 @@ def decide(
         selection: the quantizers and their patterns.
         options: the user's ``skip``.
     """
+    index = PatternIndex(rule.pattern for rule in selection.rules)
+    skips = PatternIndex(options.skip)
+    unasked = Decision(note="stored unquantized") if selection.prequantized else Decision(note="not asked for")
     decisions = {}
     for name, parameter in found.parameters.items():
         if name in found.tied:
@@ -46,28 +50,33 @@ def decide(
         elif name in found.missing:
             decisions[name] = Decision(note=f"initialised: {found.missing[name]}")
         elif name in found.components:
-            decisions[name] = _for_stored(parameter, found.components[name], selection)
-        elif selection.prequantized:
-            decisions[name] = Decision(note="stored unquantized")
+            decisions[name] = _for_stored(
+                parameter, found.components[name], [selection.rules[i] for i in index.matching(name)]
+            )
+        elif selection.prequantized or not selection.rules:
+            decisions[name] = unasked
+        elif (number := index.first(name)) is None:
+            decisions[name] = Decision(note="no pattern")
+        elif (skipped := skips.first(name)) is not None and selection.rules[number].chosen is not None:
+            decisions[name] = Decision(note=f"skip={options.skip[skipped]!r}")
         else:
-            decisions[name] = _for_loading(parameter, selection, kept, options)
+            decisions[name] = _for_loading(parameter, selection.rules[number], kept)
     problems = [decision.problem for decision in decisions.values() if decision.problem]
-    for name in sorted(set(found.tied.values())):
-        if decisions[name].chosen is not None:
-            partners = sorted(other for other, source in found.tied.items() if source == name)
+    for group in sorted(TiedGroup.of(found.tied), key=lambda group: group.source):
+        if decisions[group.source].chosen is not None:
             problems.append(
-                f"parameter {name!r} is tied to {partners} and can't be quantized alone; leave it out, or untie it "
-                "with config_overrides"
+                f"parameter {group.source!r} is tied to {sorted(group.targets)} and can't be quantized alone; leave it "
+                "out, or untie it with config_overrides"
             )
     return decisions, problems
 
 
-def _for_stored(parameter: Parameter, components: Mapping[str, StoredTensor], selection: Selection) -> Decision:
+def _for_stored(parameter: Parameter, components: Mapping[str, StoredTensor], rules: Sequence[Rule]) -> Decision:
     """A parameter that the checkpoint holds quantized goes to the first quantizer that can load it."""
     specs = {name: tensor.spec for name, tensor in components.items()}
     refusals = []
-    for rule in selection.rules:
-        if rule.chosen is None or not matches(rule.pattern, parameter.name):
+    for rule in rules:
+        if rule.chosen is None:
             continue
         refusal = rule.chosen.quantizer.refusal(parameter)
         if refusal is not None:
@@ -83,16 +92,10 @@ def _for_stored(parameter: Parameter, components: Mapping[str, StoredTensor], se
     )
 
 
-def _for_loading(parameter: Parameter, selection: Selection, kept: Mapping[str, str], options: LoadOptions) -> Decision:
+def _for_loading(parameter: Parameter, rule: Rule, kept: Mapping[str, str]) -> Decision:
     """A parameter in full precision goes where the first matching rule says, if everybody agrees."""
-    rule = next((rule for rule in selection.rules if matches(rule.pattern, parameter.name)), None)
-    if rule is None or rule.chosen is None:
-        if not selection.rules:
-            return Decision(note="not asked for")
-        return Decision(note="no pattern" if rule is None else f"quantize={{{rule.pattern!r}: None}}")
-    skipped = matching(options.skip, parameter.name)
-    if skipped is not None:
-        return Decision(note=f"skip={skipped!r}")
+    if rule.chosen is None:
+        return Decision(note=f"quantize={{{rule.pattern!r}: None}}")
     refusal = rule.chosen.quantizer.refusal(parameter)
     if refusal is None and parameter.name in kept and not _spells_out(rule, parameter):
         refusal = kept[parameter.name]

@@ -106,8 +106,9 @@ def _call_factory(factory: Callable[..., torch.nn.Module], config: ModelConfig) 
 
 def _own_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The non-persistent buffers, by name."""
-    persistent = set(model.state_dict())
-    return {name: buffer for name, buffer in model.named_buffers() if name not in persistent}
+    found = dict(model.named_buffers())
+    persistent = set(model.state_dict()) if found else set()
+    return {name: buffer for name, buffer in found.items() if name not in persistent}
 
 
 class PlainArchitecture(Architecture):

@@ -105,6 +105,7 @@ class Engine:
         Raises:
             LoadError: a unit failed; names file, stored tensors, parameter and plugin.
         """
+        self.runner.recorder.watch(lambda: self.budgets.taken)
         self._total = (sum(unit.stored_nbytes for unit in units), sum(len(unit.targets) for unit in units))
         tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         count = sum(1 if unit.cut is None else unit.cut.count for unit in units if unit.in_flight)
@@ -135,8 +136,9 @@ class Engine:
 
     def _hand_out(self, unit: Unit, tasks: queue.SimpleQueue[_Task | None], staging: Staging) -> bool:
         """Queue the tasks of a unit as the budgets have room for them; False when the load has failed."""
-        if not self.budgets.take(unit.own, unit.device, self._stopped):
-            return False
+        with self.runner.recorder.span("wait", unit.targets[0].parameter.name):
+            if not self.budgets.take(unit.own, unit.device, self._stopped):
+                return False
         if unit.cut is not None:
             return self._hand_out_slices(unit, unit.cut, tasks)
         task = _Task(unit, partial(self._run_whole, unit), unit.own)
@@ -151,8 +153,9 @@ class Engine:
     def _hand_out_slices(self, unit: Unit, cut: Cut, tasks: queue.SimpleQueue[_Task | None]) -> bool:
         sliced = SlicedUnit(unit, self.runner)
         for start, stop in cut:
-            if not self.budgets.take(cut.each, unit.device, self._stopped, beside=unit.own):
-                return False
+            with self.runner.recorder.span("wait", unit.targets[0].parameter.name):
+                if not self.budgets.take(cut.each, unit.device, self._stopped, beside=unit.own):
+                    return False
             sliced.will_need(start, stop)
             tasks.put(_Task(unit, partial(self._run_slice, sliced, start, stop), cut.each))
         return True

@@ -15,8 +15,9 @@ from typing import Protocol
 
 from quantdock.checkpoint import Checkpoint
 from quantdock.errors import CheckpointError
+from quantdock.garbage import collected_later
 from quantdock.pickle_file import PickleReader
-from quantdock.safetensors_file import read_header, stored_tensors, unique_object
+from quantdock.safetensors_file import read_header, stored_tensors, strict_json
 from quantdock.tensors import StoredTensor
 
 _MAX_INDEX_NBYTES = 100_000_000
@@ -92,6 +93,7 @@ def _with_variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{head}.{variant}.{suffix}"
 
 
+@collected_later()
 def find_checkpoint(source: Files, *, variant: str | None, use_safetensors: bool) -> Checkpoint:
     """Index the weight files of a source from their headers.
 
@@ -157,7 +159,8 @@ def _read_index(path: Path, kind: _Format) -> dict[str, str]:
     try:
         if (size := path.stat().st_size) > _MAX_INDEX_NBYTES:
             raise CheckpointError(f"an index of {size:,} bytes; at most {_MAX_INDEX_NBYTES:,} are read", file=path)
-        index = json.loads(path.read_bytes(), object_pairs_hook=unique_object)
+        raw = path.read_bytes()
+        index = strict_json(raw.decode(json.detect_encoding(raw)))
     except RecursionError as error:
         raise CheckpointError("nested too deeply", file=path) from error
     except ValueError as error:

@@ -91,7 +91,8 @@ def quantize_param(parameter: Parameter, tensor: torch.Tensor) -> Mapping[str, t
     several parameters at once: keep no state. Torch is single-threaded there (see ``quantdock.caller_threads``).
     Return the components by their name inside the owning module, exactly as the quantizer's ``layout`` declared them,
     or ``None`` for a parameter that isn't yours. First result. Don't mutate or keep ``tensor``: it may be a view of the
-    mapped file.
+    mapped file. A large parameter whose layout declares ``slices`` goes to the quantizer's ``quantize_slice`` instead,
+    unless a stage plugin implements this hook: then it is called for every parameter.
 
     Args:
         parameter: which one; its ``spec`` is the full-precision shape and dtype.

@@ -17,9 +17,11 @@ from quantdock.checkpoint import Checkpoint
 from quantdock.conversion import Conversion
 from quantdock.deciding import Decision, decide
 from quantdock.errors import LedgerError
+from quantdock.garbage import collected_later
 from quantdock.options import LoadOptions
 from quantdock.patterns import matching, require_matches
 from quantdock.registry import Selection
+from quantdock.slots import slots
 from quantdock.tensors import Parameter, StoredTensor, TensorSpec
 from quantdock.tying import TiedGroup, resolve_ties
 
@@ -50,23 +52,23 @@ class Match:
 def list_parameters(skeleton: Skeleton) -> dict[str, Parameter]:
     """Every parameter and persistent buffer of the skeleton, tied ones under each of their names."""
     model, architecture = skeleton.model, skeleton.architecture
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    specs: dict[tuple[torch.dtype, torch.Size], TensorSpec] = {}
     result = {}
-    for name, slot in model.state_dict(keep_vars=True).items():
-        if not isinstance(slot, torch.Tensor):
-            continue  # a module's extra state is no tensor and no parameter
-        module = model.get_submodule(name.rpartition(".")[0])
+    for name, slot, module in slots(model):
+        leaf = name.rpartition(".")[2]
         dtype = (architecture.dtype(name) or slot.dtype) if slot.is_floating_point() else slot.dtype
+        spec = specs.setdefault((dtype, slot.shape), TensorSpec(dtype=dtype, shape=tuple(slot.shape)))
         result[name] = Parameter(
             name=name,
-            spec=TensorSpec(dtype=dtype, shape=tuple(slot.shape)),
+            spec=spec,
             module_type=type(module),
-            role=architecture.role(module, name.rpartition(".")[2]),
-            is_buffer=name in buffers,
+            role=architecture.role(module, leaf),
+            is_buffer=leaf in module._buffers,
         )
     return result
 
 
+@collected_later()
 def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, options: LoadOptions) -> Match:
     """Draw up both sides of the ledger.
 
@@ -193,15 +195,17 @@ def _resolve_tied(found: Match, architecture: Architecture, checkpoint: Checkpoi
     if not tied:
         return
     by_target = {target: conversion for conversion in found.conversions for target in conversion.targets}
+    dropped: set[int] = set()
     for group in TiedGroup.of(tied):
         outcome = resolve_ties(group, by_target, found.components.keys(), checkpoint)
         found.tied.update(outcome.tied)
         for name, reason in outcome.dropped.items():
             conversion = by_target[name]
-            found.conversions.remove(conversion)
+            dropped.add(id(conversion))
             found.ignored.update(dict.fromkeys(conversion.sources, reason))
         for name, note in outcome.untied.items():
             found.allowed[name] = note
+    found.conversions = [conversion for conversion in found.conversions if id(conversion) not in dropped]
 
 
 def _check_shapes(found: Match, checkpoint: Checkpoint, options: LoadOptions) -> None:
@@ -210,18 +214,19 @@ def _check_shapes(found: Match, checkpoint: Checkpoint, options: LoadOptions) ->
         mismatched = []
         for target, yields in conversion.targets.items():
             wanted = found.parameters[target].spec
-            where = ", ".join(f"{name!r} in {checkpoint.tensors[name].file}" for name in conversion.sources[:2])
             if yields.shape != wanted.shape:
                 mismatched.append(target)
                 if not options.ignore_mismatched_sizes:
                     found.problems.append(
                         f"parameter {target!r} has shape {list(wanted.shape)}, but the checkpoint gives "
-                        f"{list(yields.shape)} ({where}); ignore_mismatched_sizes=True would initialise it anew"
+                        f"{list(yields.shape)} ({_origin(conversion, checkpoint)}); ignore_mismatched_sizes=True would "
+                        "initialise it anew"
                     )
             elif not castable(yields.dtype, wanted.dtype):
                 found.problems.append(
-                    f"parameter {target!r} is {wanted}, but the checkpoint stores {yields} ({where}) and no quantizer "
-                    "claims it: a scale may be missing, or its quantization_config"
+                    f"parameter {target!r} is {wanted}, but the checkpoint stores {yields} "
+                    f"({_origin(conversion, checkpoint)}) and no quantizer claims it: a scale may be missing, or its "
+                    "quantization_config"
                 )
         if not mismatched:
             kept.append(conversion)
@@ -233,6 +238,10 @@ def _check_shapes(found: Match, checkpoint: Checkpoint, options: LoadOptions) ->
             found.allowed.update(dict.fromkeys(mismatched, note))
             found.ignored.update(dict.fromkeys(conversion.sources, f"{note}: {', '.join(mismatched)}"))
     found.conversions = kept
+
+
+def _origin(conversion: Conversion, checkpoint: Checkpoint) -> str:
+    return ", ".join(f"{name!r} in {checkpoint.tensors[name].file}" for name in conversion.sources[:2])
 
 
 def castable(stored: torch.dtype, wanted: torch.dtype) -> bool:

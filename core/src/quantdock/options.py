@@ -60,6 +60,7 @@ class LoadOptions:
     policy: str | os.PathLike[str] | None = None
     plugins: Sequence[object] = ()
     progress: bool | Callable[..., object] | None = None
+    cache: bool | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for one stage plugin, by its own documentation; the drop-in classes use it."""
 
@@ -71,6 +72,8 @@ class LoadOptions:
             object.__setattr__(self, name, tuple(value))
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers={self.workers}: expected at least 1")
+        if self.cache not in (None, True, False):
+            raise ConfigError(f"cache={self.cache!r}: expected True or False; QUANTDOCK_CACHE_DIR names the folder")
         if self.dtype != "auto":
             settled = parse_dtype(self.dtype) if isinstance(self.dtype, str) else check_dtype(self.dtype)
             object.__setattr__(self, "dtype", settled)

@@ -43,6 +43,8 @@ class Placement:
         Raises:
             PlacementError: the map doesn't cover it.
         """
+        if len(self.device_map) == 1 and "" in self.device_map:
+            return self.device_map[""]
         return device_of(self.device_map, name)
 
 

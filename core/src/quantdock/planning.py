@@ -12,19 +12,22 @@ import pluggy
 import torch
 
 from quantdock.architecture import LoadOutcome, Skeleton
+from quantdock.caching.results import Cached
 from quantdock.checkpoint import Checkpoint
 from quantdock.config import ModelConfig
 from quantdock.discovery import Catalog
 from quantdock.engine import Budgets, Engine
 from quantdock.errors import PlacementError, PluginError, QuantdockError
+from quantdock.garbage import collected_later
 from quantdock.ledger import Action, Entry, Ledger
 from quantdock.matching import Match
 from quantdock.options import LoadOptions
 from quantdock.placement import DISK, Placement
 from quantdock.preparing import own_buffers, resident_nbytes
+from quantdock.profiling import current
 from quantdock.progress import progress_of
 from quantdock.registry import MIXED, Selection
-from quantdock.reporting import Record, Report, attach, measured_nbytes, peak_resident
+from quantdock.reporting import Record, Report, attach, cache_line, measured_nbytes, peak_resident
 from quantdock.running import Runner
 from quantdock.source import Source
 from quantdock.stopwatch import Stopwatch
@@ -48,6 +51,7 @@ class Plan:
     hooks: pluggy.PluginManager
     catalog: Catalog
     stopwatch: Stopwatch
+    cached: Cached = field(default_factory=Cached)
     _executed: bool = field(default=False)
 
     @cached_property
@@ -107,17 +111,23 @@ class Plan:
         self._executed = True
         model = self.skeleton.model
         predicted = self.resident_nbytes
+        recorder = current()
+        recorder.planned(self)
         engine = self._engine()
         with self.stopwatch.stage("load"), progress_of(self.options.progress) as engine.notify:
-            engine.run(self.units)
+            engine.run(self.cached.units(self.units))
+        with self.stopwatch.stage("cache"):
+            self.cached.settle(self)
         with self.stopwatch.stage("postprocess_model"):
             self.skeleton.architecture.finish(self._outcome())
             self._dispatch(engine)
             self.hooks.hook.postprocess_model(model=model)
             self._check_complete()
         self.checkpoint.close()
+        report = self._report(engine, predicted)
+        recorder.loaded(report)
         record = Record(
-            report=self._report(engine, predicted),
+            report=report,
             architecture=self.skeleton.architecture,
             selection=self.selection,
             quantization_config=self.quantization_config,
@@ -146,6 +156,7 @@ class Plan:
             "peak_nbytes": self.peak_nbytes,
             "plugins": [dataclasses.asdict(decision) for decision in self.catalog.decisions],
             "quantization_config": self.quantization_config,
+            "cache": self.cached.facts,
         }
 
     def __str__(self) -> str:
@@ -161,6 +172,8 @@ class Plan:
                 for method, amount in ledger.coverage.items()
             ),
         ]
+        if self.cached.state != "off":
+            lines.append(f"cache: {cache_line(self.cached.facts)}")
         if self.largest_unit_nbytes > self.options.budget:
             lines.append(
                 f"one unit needs {format_bytes(self.largest_unit_nbytes)}, more than the budget of "
@@ -255,6 +268,7 @@ class Plan:
             refused={decision.dist: decision.reason for decision in self.catalog.decisions if not decision.allowed},
             policy=self.catalog.policy_origin,
             broken=dict(self.catalog.broken),
+            cache=self.cached.facts,
         )
 
 
@@ -264,6 +278,7 @@ def _accelerate_device(device: torch.device | str) -> Any:
     return device.index if device.type == "cuda" and device.index is not None else str(device)
 
 
+@collected_later()
 def _ledger(plan: Plan) -> Ledger:
     match = plan.match
     made: dict[str, Entry] = {}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import pluggy
 import torch
 
 from quantdock.architecture import Skeleton
 from quantdock.errors import PlacementError, PluginError
+from quantdock.garbage import collected_later
 from quantdock.matching import Match
 from quantdock.options import LoadOptions
 from quantdock.placement import DISK, Placement, place
 from quantdock.registry import Selection
+from quantdock.slots import buffers, walk
+from quantdock.tensors import qualified
 
 
 def assign(selection: Selection, match: Match) -> None:
@@ -25,30 +30,42 @@ def assign(selection: Selection, match: Match) -> None:
         }
 
 
+@collected_later()
 def preprocess(skeleton: Skeleton, match: Match, hooks: pluggy.PluginManager) -> None:
     """Run the stage, and hold it to its word: all on meta, and nothing changed but what quantizers own.
 
     Raises:
         PluginError: a plugin touched a parameter that isn't its own, or put one off the meta device.
     """
+    if not hooks.hook.preprocess_model.get_hookimpls():
+        return
     model = skeleton.model
     # Some classes create parameters that torch's meta context can't catch; those are the architecture's doing.
-    real_before = {id(slot) for slot in model.parameters() if not slot.is_meta}
+    real_before = {
+        id(slot)
+        for _, module in walk(model)
+        for slot in module._parameters.values()
+        if slot is not None and not slot.is_meta
+    }
     hooks.hook.preprocess_model(model=model)
-    state = model.state_dict(keep_vars=True)
+    modules = dict(walk(model))
+    state = functools.cache(functools.partial(model.state_dict, keep_vars=True))
     problems = []
     for name, parameter in match.parameters.items():
         if match.decisions[name].chosen is not None:
             continue
-        slot = state.get(name)
+        slot = _slot(modules.get(parameter.module), parameter.leaf)
+        if slot is None:  # or under a name that a module's hooks gave it
+            slot = state().get(name)
         if slot is None:
             problems.append(f"{name!r} is gone")
         elif tuple(slot.shape) != parameter.spec.shape:
             problems.append(f"{name!r} became {list(slot.shape)}")
     problems += [
-        f"{name!r} is on {slot.device}"
-        for name, slot in model.named_parameters()
-        if not slot.is_meta and id(slot) not in real_before
+        f"{qualified(path, leaf)!r} is on {slot.device}"
+        for path, module in modules.items()
+        for leaf, slot in module._parameters.items()
+        if slot is not None and not slot.is_meta and id(slot) not in real_before
     ]
     if problems:
         raise PluginError(
@@ -57,6 +74,14 @@ def preprocess(skeleton: Skeleton, match: Match, hooks: pluggy.PluginManager) ->
         )
 
 
+def _slot(module: torch.nn.Module | None, leaf: str) -> torch.Tensor | None:
+    if module is None:
+        return None
+    parameter = module._parameters.get(leaf)
+    return module._buffers.get(leaf) if parameter is None else parameter
+
+
+@collected_later()
 def resolve_placement(skeleton: Skeleton, match: Match, selection: Selection, options: LoadOptions) -> Placement:
     """Devices for every parameter, and each quantizer's word that it runs there.
 
@@ -89,8 +114,11 @@ def resident_nbytes(match: Match, name: str) -> int:
 
 def own_buffers(model: torch.nn.Module, match: Match, selection: Selection) -> dict[str, int]:
     """Buffers that no checkpoint stores, which the model computes for itself: name -> bytes."""
+    own = {id(buffer): (name, buffer) for name, buffer in reversed(buffers(model).items())}  # each by its first name
+    if not own:
+        return {}
     stored = set(match.parameters)  # and the components of quantized ones, where modules have them as buffers
     for chosen in selection:
         for parameter in chosen.quantizer.parameters.values():
             stored.update(chosen.quantizer.stored_names(parameter).values())
-    return {name: buffer.nbytes for name, buffer in model.named_buffers() if name not in stored}
+    return {name: buffer.nbytes for name, buffer in reversed(own.values()) if name not in stored}

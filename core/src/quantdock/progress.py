@@ -1,4 +1,4 @@
-"""A progress bar for loads: bytes, parameters and memory in flight."""
+"""What a load shows of itself: what it is waiting for, then a bar of bytes, parameters and memory in flight."""
 
 from __future__ import annotations
 
@@ -25,6 +25,55 @@ class Progress:
 Notify = Callable[[Progress], object]
 
 
+_STAGES = {
+    "discover": "looking for plugins",
+    "resolve_config": "reading the config",
+    "find_checkpoints": "reading the headers",
+    "select quantizers": "importing the quantizer",
+    "build_model": "importing and building the architecture",
+    "match": "matching tensors with parameters",
+    "preprocess_model": "preparing the layers",
+    "place": "placing",
+    "cache": "looking into the cache",
+}
+
+
+@contextmanager
+def announcing(asked: bool | Notify | None, name: str) -> Iterator[Callable[[str], object]]:
+    """Say on stderr what a load waits for before it has a bar to show, under the conditions of ``progress_of``.
+
+    On a terminal in one line that goes away; elsewhere in a line for each stage. Needs no import, so it shows at once.
+
+    Args:
+        asked: ``progress=`` of the load.
+        name: of what is loaded.
+    """
+    if not _shows(asked):
+        yield lambda stage: None
+        return
+    stream = sys.stderr
+    before, after = ("\r\x1b[2K", "") if stream.isatty() else ("", "\n")
+
+    waiting = True
+
+    def announce(stage: str) -> None:
+        if waiting:
+            stream.write(f"{before}loading {name}: {_STAGES.get(stage, stage)}{after}")
+            stream.flush()
+
+    announce("importing torch")
+    try:
+        yield announce
+    finally:
+        waiting = False
+        stream.write(before)
+        stream.flush()
+
+
+def _shows(asked: bool | Notify | None) -> bool:
+    return not callable(asked) and (asked is True or (asked is None and sys.stderr.isatty()))
+
+
 @contextmanager
 def progress_of(asked: bool | Notify | None) -> Iterator[Notify | None]:
     """The callable to tell about progress.
@@ -33,7 +82,7 @@ def progress_of(asked: bool | Notify | None) -> Iterator[Notify | None]:
     """
     if callable(asked):
         yield asked
-    elif asked is False or (asked is None and not sys.stderr.isatty()):
+    elif not _shows(asked):
         yield None
     else:
         with _bar() as notify:

@@ -45,6 +45,9 @@ class Report:
     policy: str
     broken: Mapping[str, str]
     """Stage plugins that couldn't be imported -> why; no part of this load needed them."""
+    cache: Mapping[str, str]
+    """What the result cache did: ``state`` (``off``, ``unused``, ``hit``, ``made`` or ``failed``), which ``entry`` it
+    used or made, and the ``reason`` if it did neither."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; parameters are grouped."""
@@ -73,6 +76,7 @@ class Report:
             ("seconds", ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())),
             ("plugins", ", ".join(f"{name} {version}" for name, version in self.plugins.items()) or "none"),
             ("policy", self.policy),
+            ("cache", cache_line(self.cache)),
         ]
         facts += [(f"covered by {m or 'none'}", f"{amount / stored:.1%}") for m, amount in ledger.coverage.items()]
         facts += [("full precision", f"{format_bytes(n)}: {reason}") for reason, n in ledger.unquantized.items()]
@@ -92,6 +96,12 @@ class Record:
     architecture: Architecture
     selection: Selection
     quantization_config: Mapping[str, Any] | None
+
+
+def cache_line(facts: Mapping[str, str]) -> str:
+    """What the result cache did, for people."""
+    texts = [facts["state"], facts.get("entry", "")[:12], facts.get("reason", "")]
+    return ": ".join(text for text in texts if text)
 
 
 def attach(model: torch.nn.Module, record: Record) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ from quantdock.conversion import Assembly
 from quantdock.errors import LoadError, PluginError, QuantdockError
 from quantdock.pagecache import release
 from quantdock.placement import DISK
+from quantdock.profiling import Recorder, current
 from quantdock.quantizer import Quantizer
 from quantdock.staging import Staging
 from quantdock.tensors import Parameter, StoredTensor, TensorSpec
@@ -33,6 +34,8 @@ class Runner:
     """id of a quantizer -> the ``quantize_param`` hook that asks it and the stage plugins, nobody else."""
     offload_dir: str | None = None
     offload_index: dict[str, Any] = field(default_factory=dict)
+    recorder: Recorder = field(default_factory=current)
+    """Who is told what the threads do; asked for in the thread that calls ``load``."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, unit: Unit, staging: Staging) -> None:
@@ -51,7 +54,7 @@ class Runner:
             yield unit.targets[0], partial(self._install_stored, unit, staging)
         elif (function := unit.conversion.function) is not None:
             results: dict[str, torch.Tensor] = {}
-            yield unit.targets[0], partial(_convert, function, unit.sources, results)
+            yield unit.targets[0], partial(self._convert, function, unit, results)
             for target in unit.targets:
                 yield target, partial(self._finish_result, target, results, staging)
         else:
@@ -65,11 +68,21 @@ class Runner:
         (target,) = unit.targets
         assert target.decision.chosen is not None
         assert isinstance(target.device, torch.device), "stored components aren't offloaded"
-        tensors = {
-            name: staging.moved(source.read(), target.device, drop=source.reader.maps)
-            for name, source in zip(unit.components, unit.sources, strict=True)
-        }
-        target.decision.chosen.quantizer.install(self.model, target.parameter, tensors)
+        name = target.parameter.name
+        with self.recorder.span("read", name, unit.stored_nbytes):
+            tensors = {
+                component: staging.moved(source.read(), target.device, drop=source.reader.maps)
+                for component, source in zip(unit.components, unit.sources, strict=True)
+            }
+        with self.recorder.span("place", name):
+            target.decision.chosen.quantizer.install(self.model, target.parameter, tensors)
+
+    def _convert(self, function: Convert, unit: Unit, results: dict[str, torch.Tensor]) -> None:
+        name = unit.targets[0].parameter.name
+        with self.recorder.span("read", name, unit.stored_nbytes):
+            sources = {source.name: source.read() for source in unit.sources}
+        with self.recorder.span("convert", name, unit.stored_nbytes):
+            results.update(function(sources))
 
     def _assemble(
         self, target: Target, assembly: Assembly, sources: Mapping[str, StoredTensor], staging: Staging
@@ -78,7 +91,8 @@ class Runner:
         first = assembly.pieces[0]
         if len(assembly.pieces) == 1 and first.whole and sources[first.source].spec == spec:
             source = sources[first.source]
-            tensor = source.read()
+            with self.recorder.span("read", target.parameter.name, 0 if source.reader.maps else source.stored_nbytes):
+                tensor = source.read()
             self._finish(target, tensor, staging, drop=source.reader.maps)
             if source.reader.maps and target.action != "map":
                 release(tensor)
@@ -86,8 +100,9 @@ class Runner:
         result = torch.empty(spec.shape, dtype=spec.dtype, device="cpu" if target.device == DISK else target.device)
         for piece in assembly.pieces:
             source = sources[piece.source]
-            view = piece.of(source.read())
-            staging.copy(view, result[piece.into] if piece.into else result, drop=source.reader.maps)
+            with self.recorder.span("read", target.parameter.name, source.stored_nbytes):
+                view = piece.of(source.read())
+                staging.copy(view, result[piece.into] if piece.into else result, drop=source.reader.maps)
         self._finish(target, result, staging)
 
     def _finish_result(self, target: Target, results: dict[str, torch.Tensor], staging: Staging) -> None:
@@ -104,12 +119,17 @@ class Runner:
         if not isinstance(target.device, torch.device):
             self._offload(parameter, tensor.to(parameter.spec.dtype))
             return
-        tensor = staging.moved(tensor, target.device, drop=drop).to(parameter.spec.dtype)
+        with self.recorder.span("convert", parameter.name, tensor.nbytes):
+            tensor = staging.moved(tensor, target.device, drop=drop).to(parameter.spec.dtype)
         chosen = target.decision.chosen
         if chosen is None:
-            install_plain(self.model, parameter, tensor)
+            with self.recorder.span("place", parameter.name, tensor.nbytes):
+                install_plain(self.model, parameter, tensor)
             return
-        components = self.quantize_hooks[id(chosen.quantizer)](parameter, tensor)
+        # Of a view of a mapped file, the pages are read here.
+        name, read = parameter.name, tensor.nbytes if drop else 0
+        with self.recorder.span("read", name, read), self.recorder.span("quantize", name, tensor.nbytes):
+            components = self.quantize_hooks[id(chosen.quantizer)](parameter, tensor)
         self.install(target, components)
 
     def install(self, target: Target, components: Mapping[str, torch.Tensor] | None) -> None:
@@ -122,7 +142,8 @@ class Runner:
         quantizer = target.decision.chosen.quantizer
         _check_components(quantizer, target.parameter, components)
         assert components is not None
-        quantizer.install(self.model, target.parameter, components)
+        with self.recorder.span("place", target.parameter.name):
+            quantizer.install(self.model, target.parameter, components)
 
     def _offload(self, parameter: Parameter, tensor: torch.Tensor) -> None:
         from accelerate.utils import offload_weight
@@ -147,10 +168,6 @@ def located(unit: Unit, target: Target) -> Iterator[None]:
             file=unit.sources[0].file if unit.sources else None,
             plugin=None if chosen is None else f"{chosen.label} ({chosen.offer.origin})",
         ) from error
-
-
-def _convert(function: Convert, sources: Iterable[StoredTensor], results: dict[str, torch.Tensor]) -> None:
-    results.update(function({source.name: source.read() for source in sources}))
 
 
 def _check_components(

@@ -8,13 +8,15 @@ overlap and fill the file to its end.
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import stat
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ MAX_HEADER_NBYTES = 100_000_000
 _MAX_NBYTES = 2**63 - 1
 _METADATA = "__metadata__"
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_INTEGERS = {int}
+_KEPT_RANK = 8  # a header can claim millions of dimensions, which nothing should remember
 _PACKED = "F4"  # two elements to a byte; torch's shape counts the bytes
 _TORCH_NAMES = {
     "BOOL": "bool",
@@ -87,7 +91,8 @@ def read_header(path: Path) -> SafetensorsHeader:
         raise CheckpointError(f"can't be read ({error.strerror})", file=path) from error
     header = _parse(text, path)
     metadata = _metadata(header.pop(_METADATA, {}), path)
-    entries = sorted((_entry(name, raw, start, path) for name, raw in header.items()), key=_range)
+    entries = [_entry(name, raw, start, path) for name, raw in header.items()]
+    entries.sort(key=operator.attrgetter("offset", "nbytes"))
     _check_cover(entries, start, stamp[0], path)
     return SafetensorsHeader(file=path, entries=tuple(entries), metadata=metadata, stamp=stamp)
 
@@ -95,10 +100,6 @@ def read_header(path: Path) -> SafetensorsHeader:
 def _stamp(file: BinaryIO) -> tuple[int, int, int]:
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _range(entry: SafetensorsEntry) -> tuple[int, int]:
-    return entry.offset, entry.nbytes
 
 
 def _header_text(file: BinaryIO, path: Path) -> tuple[str, int]:
@@ -146,6 +147,23 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def strict_json(text: str, *, parse_int: Callable[[str], Any] = int) -> Any:
+    """The JSON value that ``text`` holds, in which no object has a name twice.
+
+    Raises:
+        ValueError: it isn't JSON, or an object has one.
+        RecursionError: it is nested too deeply.
+    """
+    value = json.loads(text, parse_int=parse_int)
+    # A colon stands behind every name, and maybe in strings: no more colons than names that are left means that none
+    # was lost. Only two levels are counted, which is what large files of the ecosystem have.
+    objects = [value, *value.values()] if isinstance(value, dict) else []
+    if text.count(":") == sum(len(item) for item in objects if isinstance(item, dict)):
+        return value
+    del value, objects
+    return json.loads(text, parse_int=parse_int, object_pairs_hook=unique_object)
+
+
 def _whole(digits: str) -> int | float:
     """For ``parse_int``: a minus sign makes no integer here, not even of -0."""
     return float(digits) if digits.startswith("-") else int(digits)
@@ -154,7 +172,7 @@ def _whole(digits: str) -> int | float:
 def _parse(text: str, path: Path) -> dict[str, Any]:
     """The header as an object; what Python's JSON allows and the format doesn't is refused."""
     try:
-        header = json.loads(text, object_pairs_hook=unique_object, parse_int=_whole if "-0" in text else int)
+        header = strict_json(text, parse_int=_whole if "-0" in text else int)
         if "\\u" in text:
             json.dumps(header, ensure_ascii=False).encode()  # raises for half a surrogate pair
     except RecursionError as error:
@@ -182,15 +200,15 @@ def _entry(name: str, raw: object, start: int, path: Path) -> SafetensorsEntry:
             f"described by {found!s:.200}, expected dtype, shape and data_offsets", file=path, tensor=name
         )
     begin, end = _offsets(raw["data_offsets"], path, name)
-    spec = _spec(raw["dtype"], raw["shape"], path, name)
-    if spec.nbytes != end - begin:
+    spec, nbytes = _spec(raw["dtype"], raw["shape"], path, name)
+    if nbytes != end - begin:
         raise CheckpointError(
-            f"{raw['dtype']} of shape {raw['shape']!r:.200} takes {spec.nbytes:,} bytes, "
+            f"{raw['dtype']} of shape {raw['shape']!r:.200} takes {nbytes:,} bytes, "
             f"but data_offsets [{begin}, {end}] span {end - begin:,}",
             file=path,
             tensor=name,
         )
-    return SafetensorsEntry(name, spec, start + begin, end - begin)
+    return SafetensorsEntry(name, spec, start + begin, nbytes)
 
 
 def _offsets(value: Any, path: Path, tensor: str) -> tuple[int, int]:
@@ -205,35 +223,57 @@ def _offsets(value: Any, path: Path, tensor: str) -> tuple[int, int]:
     )
 
 
-def _spec(name: object, shape: Any, path: Path, tensor: str) -> TensorSpec:
-    """Dtype and shape as torch has them.
-
-    An empty dimension doesn't excuse the others: torch computes strides from all of them, and those can overflow.
-    """
-    dtype = _DTYPES.get(name) if isinstance(name, str) else None
-    if dtype is None:
+def _spec(name: object, shape: Any, path: Path, tensor: str) -> tuple[TensorSpec, int]:
+    """Dtype and shape as torch has them, and the bytes they take."""
+    if not isinstance(name, str) or name not in _DTYPES:
         known = f"torch {torch.__version__} and quantdock know {', '.join(_DTYPES)}"
         raise CheckpointError(f"dtype is {name!r:.200}; {known}", file=path, tensor=tensor)
     if not isinstance(shape, list):
         raise CheckpointError(f"shape is {shape!r:.200}, expected a list", file=path, tensor=tensor)
-    extent = dtype.itemsize
+    try:
+        if set(map(type, shape)) <= _INTEGERS:  # before the cache is asked, to which 1, 1.0 and True are the same
+            make = _known_spec if len(shape) <= _KEPT_RANK else _known_spec.__wrapped__
+            return make(name, tuple(shape))
+        odd = next(size for size in shape if type(size) is not int)
+        raise ValueError(f"{odd!r:.200} in its shape, expected an integer that isn't negative")
+    except ValueError as error:
+        raise CheckpointError(str(error), file=path, tensor=tensor) from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_spec(name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, int]:
+    """Made once for all tensors of one dtype and shape; a model has few.
+
+    An empty dimension doesn't excuse the others: torch computes strides from all of them, and those can overflow.
+
+    Raises:
+        ValueError: there can be no such tensor.
+    """
+    extent = _DTYPES[name].itemsize
     for size in shape:
-        if type(size) is not int or size < 0:
-            raise CheckpointError(
-                f"{size!r:.200} in its shape, expected an integer that isn't negative", file=path, tensor=tensor
-            )
+        if size < 0:
+            raise ValueError(f"{size!r:.200} in its shape, expected an integer that isn't negative")
         extent *= size or 1
         if extent > _MAX_NBYTES:
-            raise CheckpointError(f"{name} of shape {shape!r:.200} exceeds 2**63 bytes", file=path, tensor=tensor)
+            raise ValueError(f"{name} of shape {list(shape)!r:.200} exceeds 2**63 bytes")
     if name == _PACKED:
         if not shape or shape[-1] % 2:
-            raise CheckpointError(f"{name} of shape {shape!r:.200} has half a byte to a row", file=path, tensor=tensor)
-        shape = [*shape[:-1], shape[-1] // 2]
-    return TensorSpec(dtype=dtype, shape=tuple(shape))
+            raise ValueError(f"{name} of shape {list(shape)!r:.200} has half a byte to a row")
+        shape = (*shape[:-1], shape[-1] // 2)
+    spec = TensorSpec(dtype=_DTYPES[name], shape=shape)
+    return spec, spec.nbytes
 
 
 def _check_cover(entries: list[SafetensorsEntry], start: int, size: int, path: Path) -> None:
     """The tensors follow one another from the end of the header to the end of the file."""
+    position, gap_at = start, None
+    for index, (_, _, offset, nbytes) in enumerate(entries):
+        if offset != position:
+            gap_at = index
+            break
+        position += nbytes
+    if gap_at is None and position == size:
+        return
     outside = next((entry for entry in entries if entry.offset + entry.nbytes > size), None)
     if outside is not None and start + sum(entry.nbytes for entry in entries) <= size:  # else the file was cut short
         end = outside.offset + outside.nbytes
@@ -242,24 +282,19 @@ def _check_cover(entries: list[SafetensorsEntry], start: int, size: int, path: P
             file=path,
             tensor=outside.name,
         )
-    position = start
-    for index, entry in enumerate(entries):
-        if entry.offset != position:
-            previous = f"tensor {entries[index - 1].name!r}" if index else "the header"
-            gap = entry.offset - position
-            problem = f"overlap by {-gap:,} bytes" if gap < 0 else f"have a hole of {gap:,} bytes between them"
-            raise CheckpointError(f"this and {previous} {problem}", file=path, tensor=entry.name)
-        position += entry.nbytes
-    if position > size:
-        cut = next(entry.name for entry in entries if entry.offset + entry.nbytes > size)
+    if gap_at is not None:
+        previous = f"tensor {entries[gap_at - 1].name!r}" if gap_at else "the header"
+        gap = entries[gap_at].offset - position
+        problem = f"overlap by {-gap:,} bytes" if gap < 0 else f"have a hole of {gap:,} bytes between them"
+        raise CheckpointError(f"this and {previous} {problem}", file=path, tensor=entries[gap_at].name)
+    if outside is not None:
         raise CheckpointError(
             f"the file ends in or before this tensor: {position - size:,} of {position:,} bytes are missing; "
             "download it again",
             file=path,
-            tensor=cut,
+            tensor=outside.name,
         )
-    if position < size:
-        raise CheckpointError(f"{size - position:,} bytes at the end belong to no tensor", file=path)
+    raise CheckpointError(f"{size - position:,} bytes at the end belong to no tensor", file=path)
 
 
 def stored_tensors(header: SafetensorsHeader) -> list[StoredTensor]:
@@ -284,7 +319,7 @@ class SafetensorsReader(TensorReader):
             raise UnsupportedError("safetensors files hold little-endian values; this machine is big-endian")
         self._file = header.file
         self._stamp = header.stamp
-        self._aligned = all(entry.offset % entry.spec.dtype.itemsize == 0 for entry in header.entries if entry.nbytes)
+        self._aligned = all(offset % spec.dtype.itemsize == 0 for _, spec, offset, nbytes in header.entries if nbytes)
         self._lock = threading.Lock()
         self._map: memoryview | None = None
 
@@ -309,8 +344,9 @@ class SafetensorsReader(TensorReader):
             flat = self._copied(tensor).view(spec.dtype)
         return flat.view(spec.shape)
 
-    def will_need(self, tensor: StoredTensor) -> None:
-        pagecache.prefetch(self._file, tensor.offset, tensor.stored_nbytes)
+    def will_need(self, tensor: StoredTensor, start: int = 0, nbytes: int | None = None) -> None:
+        left = tensor.stored_nbytes - start
+        pagecache.prefetch(self._file, tensor.offset + start, left if nbytes is None else min(left, nbytes))
 
     def close(self) -> None:
         """Let go of the map; it lasts as long as a tensor that was read from it. Reading again makes a new one."""

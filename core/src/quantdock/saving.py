@@ -46,8 +46,8 @@ def save(model: torch.nn.Module, folder: str | os.PathLike[str], *, max_shard_si
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file; name a folder")
     state = record.architecture.export(_state(model, record))
-    with _aside(target) as staging:
-        _write_weights(state, staging, parse_bytes(max_shard_size, option="max_shard_size"))
+    with aside(target) as staging:
+        write_weights(state, staging, parse_bytes(max_shard_size, option="max_shard_size"))
         record.architecture.write_config(staging, record.quantization_config)
         if target.is_dir():
             _keep_others(target, staging)
@@ -84,7 +84,8 @@ def _fetched(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor
     return result
 
 
-def _write_weights(state: Mapping[str, torch.Tensor], folder: Path, limit: int) -> None:
+def write_weights(state: Mapping[str, torch.Tensor], folder: Path, limit: int) -> None:
+    """Write tensors to ``model.safetensors``, or to shards of at most ``limit`` bytes and their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
@@ -117,8 +118,10 @@ def _keep_others(folder: Path, staging: Path) -> None:
 
 
 @contextmanager
-def _aside(target: Path) -> Iterator[Path]:
+def aside(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` that takes its place when the block ends well, and vanishes when it doesn't."""
+    from safetensors import SafetensorError  # its writer raises this one for a full disk, too
+
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -137,7 +140,7 @@ def _aside(target: Path) -> Iterator[Path]:
                     shutil.rmtree(old, ignore_errors=True)
         else:
             staging.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SaveError(f"{target}: can't be written ({error}); nothing was saved") from error
     finally:
         if staging.exists():

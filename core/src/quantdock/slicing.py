@@ -56,8 +56,15 @@ class SlicedUnit:
         """
         with located(self.unit, self._target), staging.on(self._device):
             parts = self._begun()
-            tensor = self._read(start, stop, staging)
-            self._quantizer.quantize_slice(self._target.parameter, tensor, start, parts)
+            name, recorder = self._target.parameter.name, self._runner.recorder
+            stored, size = self.unit.stored_nbytes, self._cut.size
+            share = stored * stop // size - stored * start // size
+            mapped = self._cut.mapped
+            with recorder.span("read", name, 0 if mapped else share):
+                tensor = self._read(start, stop, staging)
+            # Of a view of a mapped file, the pages are read here.
+            with recorder.span("read", name, share if mapped else 0), recorder.span("quantize", name, tensor.nbytes):
+                self._quantizer.quantize_slice(self._target.parameter, tensor, start, parts)
             if self._cut.mapped:
                 release(tensor)
         with self._lock:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from quantdock.ledger import Entry
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -27,10 +29,12 @@ class Group:
 def grouped(entries: Iterable[Entry]) -> list[Group]:
     """Group entries; the order is that of each group's first parameter."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
+    notes: dict[str, str] = {}  # few of them differ
     for entry in entries:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.parameter)
-        note = re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.note)
-        key = (name, entry.action, entry.by, entry.method, entry.device, note)
+        name = _NUMBER.sub("*", entry.parameter)
+        if entry.note not in notes:
+            notes[entry.note] = _NUMBER.sub("*", entry.note)
+        key = (name, entry.action, entry.by, entry.method, entry.device, notes[entry.note])
         groups.setdefault(key, []).append(entry)
     return [
         Group(

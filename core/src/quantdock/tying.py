@@ -57,11 +57,11 @@ def resolve_ties(
     present = [name for name in members if name in stored or name in quantized]
     if not present:
         return outcome
-    owner = present[0]
+    owner, stored_members = present[0], set(present)
     for name in members:
         if name == owner:
             continue
-        if name not in present:
+        if name not in stored_members:
             outcome.tied[name] = owner
         elif name in stored and owner in stored and _equal(stored[owner], stored[name], checkpoint):
             outcome.tied[name] = owner

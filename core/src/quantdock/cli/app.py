@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from quantdock.cli import chat, inspect, load, plan, plugins
+from quantdock.cli import cache, chat, inspect, load, plan, plugins
 from quantdock.cli.command import command
 
 
@@ -64,3 +64,8 @@ app.command("load", cls=_Command)(command(load.run))
 app.command("chat", cls=_Command)(command(chat.run))
 app.command("inspect", cls=_Command)(command(inspect.run))
 app.command("plugins", cls=_Command)(command(plugins.run))
+
+_cache = typer.Typer(cls=_Group, no_args_is_help=True, help="Look into the cache of quantized models, and clear it.")
+_cache.command("list", cls=_Command)(command(cache.list_entries))
+_cache.command("clear", cls=_Command)(command(cache.clear))
+app.add_typer(_cache, name="cache")

@@ -151,6 +151,13 @@ class LoadArguments(SourceArguments):
             rich_help_panel=_LEDGER,
         ),
     ] = False
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep what is quantized, and take it from there the next time; if not given, QUANTDOCK_CACHE decides.",
+        ),
+    ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no remarks on stderr.")] = False
 
     def options(self) -> dict[str, Any]:
@@ -172,6 +179,7 @@ class LoadArguments(SourceArguments):
             "ignore_unexpected": self.ignore_unexpected or (),
             "ignore_mismatched_sizes": self.ignore_mismatched_sizes,
             "progress": False if self.quiet else None,
+            "cache": self.cache,
         }
 
 

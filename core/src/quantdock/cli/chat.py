@@ -53,7 +53,7 @@ def run(
 
 def _open(source: str, arguments: LoadArguments) -> Chatter:
     options = arguments.options()
-    from quantdock.loading import plan
+    from quantdock.calls import plan
 
     made = plan(source, **options)
     made.execute()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantdock import profiling
 from quantdock.cli import output
 from quantdock.cli.arguments import LoadArguments
 from quantdock.cli.command import JsonOption, SourceArgument
@@ -27,27 +29,44 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the sample at most.")] = 32,
     no_sample: Annotated[bool, typer.Option("--no-sample", help="Generate no sample.")] = False,
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Save the model there, as it was loaded.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page there that shows where time and memory went (HTML)."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Load a model; show the time, the memory, the coverage and a sample of what it generates."""
     if no_sample and prompt is not None:
         raise typer.BadParameter("--no-sample leaves nothing for it to do", param_hint="--prompt")
     options = arguments.options()
-    from quantdock import loading, reporting, saving
-
-    plan = loading.plan(source, **options)
-    model = plan.execute()
-    report = reporting.report(model)
+    if profile is not None:
+        _check_target(profile)
+    with nullcontext() if profile is None else profiling.record(profile):
+        with profiling.current().stage("import"):
+            from quantdock import calls, reporting, saving
+        plan = calls.plan(source, **options)
+        model = plan.execute()
+        report = reporting.report(model)
     if not as_json:
         _print_report(report, plan)
+        if profile is not None:
+            output.console().print(output.facts([("profile", str(profile))]))
     saved = None if save is None else str(saving.save(model, save))
     if saved is not None and not as_json:
         output.console().print(output.facts([("saved to", saved)]))
     sample = None if no_sample else _sample(plan, prompt, max_new_tokens)
     if as_json:
-        output.print_json(report.to_dict() | {"saved": saved, "sample": sample})
+        written = None if profile is None else str(profile)
+        output.print_json(report.to_dict() | {"saved": saved, "profile": written, "sample": sample})
     elif sample is not None:
         _print_sample(sample)
+
+
+def _check_target(profile: Path) -> None:
+    """Before the load, and not after minutes of it."""
+    if profile.is_dir() or not profile.parent.is_dir():
+        wrong = "it is a folder" if profile.is_dir() else f"{profile.parent} is no folder"
+        raise typer.BadParameter(f"{profile} can't be written: {wrong}", param_hint="--profile")
 
 
 def _sample(plan: Plan, prompt: str | None, max_new_tokens: int) -> dict[str, Any]:
@@ -67,6 +86,7 @@ def _sample(plan: Plan, prompt: str | None, max_new_tokens: int) -> dict[str, An
 
 
 def _print_report(report: Report, plan: Plan) -> None:
+    from quantdock.reporting import cache_line
     from quantdock.tables import format_bytes
 
     total = sum(report.seconds.values())
@@ -86,6 +106,7 @@ def _print_report(report: Report, plan: Plan) -> None:
         *output.ledger_facts(report.ledger),
         ("plugins", ", ".join(f"{name} {version}" for name, version in report.plugins.items()) or "none"),
         ("policy", report.policy),
+        ("cache", cache_line(report.cache)),
         *(("refused", f"{name}: {reason}") for name, reason in report.refused.items()),
         *(("broken", reason) for reason in report.broken.values()),
     ]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def run(source: SourceArgument, arguments: LoadArguments, as_json: JsonOption = False) -> None:
     """Show what a load would do, parameter by parameter and to the byte; no weight is read."""
     options = arguments.options()
-    from quantdock.loading import plan
+    from quantdock.calls import plan
 
     made = plan(source, **options)
     if as_json:
@@ -28,6 +28,7 @@ def run(source: SourceArgument, arguments: LoadArguments, as_json: JsonOption = 
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
+    from quantdock.reporting import cache_line
     from quantdock.tables import format_bytes
 
     budget, largest = plan.options.budget, plan.largest_unit_nbytes
@@ -44,6 +45,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     if len(plan.placement.device_map) > 1:
         devices = sorted({str(device) for device in plan.placement.device_map.values()})
         rows.append(("devices", ", ".join(devices)))
+    if plan.cached.state != "off":
+        rows.append(("cache", cache_line(plan.cached.facts)))
     refused = [f"{one.dist} {one.version}: {one.reason}" for one in plan.catalog.decisions if not one.allowed]
     rows += [("refused", reason) for reason in refused]
     rows += [("broken", reason) for reason in plan.catalog.broken.values()]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantdock import loading
+from quantdock import calls
 from quantdock.testing.model import SmallModel
 from quantdock.testing.suite import digest
 
@@ -20,9 +20,9 @@ def main(folder: str, config: str, device: str = "") -> None:
     Prints, as JSON: ``digest`` of the model, and ``changed``, the global settings that the quantized load changed.
     """
     fixed: dict[str, Any] = {"model": SmallModel, "workers": 1, "device_map": device or None}
-    loading.plan(folder, **fixed).execute()  # what the core imports and sets isn't the plugin's doing
+    calls.plan(folder, **fixed).execute()  # what the core imports and sets isn't the plugin's doing
     before = _settings()
-    model = loading.plan(folder, quantize=json.loads(config), **fixed).execute()
+    model = calls.plan(folder, quantize=json.loads(config), **fixed).execute()
     after = _settings()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     sys.stdout.write(json.dumps({"digest": digest(model), "changed": changed}))

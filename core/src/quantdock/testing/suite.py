@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from quantdock import loading, saving
+from quantdock import calls, saving
 from quantdock.discovery import PRESETS, QUANTIZERS, Catalog, Offer, installed
 from quantdock.planning import Plan
 from quantdock.policy import Policy
@@ -103,7 +103,7 @@ class Suite:
         if config is not None:
             self.needs_quantizing()
         fixed: dict[str, Any] = {"model": SmallModel, "workers": 1, "device_map": self.device}
-        return loading.plan(folder, quantize=config, **fixed | options)
+        return calls.plan(folder, quantize=config, **fixed | options)
 
     def needs_quantizing(self) -> None:
         """Skip the test when the method doesn't quantize on load."""

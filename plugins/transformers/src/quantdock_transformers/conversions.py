@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from quantdock import Assembly, Conversion, Piece, Routing, TensorSpec, rename
+from quantdock_transformers.names import Names, in_order
+
+_JOINING = ("MergeModulelist", "Concatenate")
 
 
 @dataclass
@@ -60,45 +63,68 @@ def route(
         config: the model's config object, which some operations read.
         base_model_prefix: the name of the base model inside a model with a head.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import WeightConverter
 
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    names = Names(transforms, slots, base_model_prefix)
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     collected: dict[str, _Collected] = {}
     conversions: list[Conversion] = []
     unmatched: dict[str, str] = {}
-    for key in sorted(stored, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, base_model_prefix, slots)
-        if target not in slots and key in slots:
-            target, pattern = rename_source_key(key, [], [], base_model_prefix, slots)
+    for key in in_order(stored):
+        target, pattern = names.target(key)
         if target not in slots:
             unmatched[key] = target
         elif pattern is None:
             conversions.append(rename(key, target, stored[key]))
         else:
-            group = collected.setdefault(target, _Collected(by_pattern[pattern]))
-            group.keys[pattern].append(key)
-    shapes = _Shapes(slots, config)
-    conversions += [_conversion(target, group, stored, slots, shapes) for target, group in collected.items()]
+            if target not in collected:
+                collected[target] = _Collected(by_pattern[pattern])
+            collected[target].keys[pattern].append(key)
+    converting = _Converting(stored, slots, config)
+    conversions += [converting.conversion(target, group) for target, group in collected.items()]
     return Routing(conversions=conversions, unmatched=unmatched)
 
 
-def _conversion(
-    target: str, group: _Collected, stored: Mapping[str, TensorSpec], slots: Mapping[str, TensorSpec], shapes: _Shapes
-) -> Conversion:
-    dtype = slots[target].dtype
-    stored_dtype = stored[group.sources[0]].dtype
-    meta = {name: torch.empty(stored[name].shape, dtype=stored_dtype, device="meta") for name in group.sources}
-    made = _converted(target, group, meta, shapes)
-    targets = {name: TensorSpec(dtype=stored_dtype, shape=tuple(tensor.shape)) for name, tensor in made.items()}
-    label = "+".join(_label(operation) for operation in group.converter.operations)
-    assemblies = _assemblies(group, stored, targets)
-    if assemblies is not None:
-        return Conversion(sources=group.sources, targets=targets, assemblies=assemblies, label=label)
-    return Conversion(
-        sources=group.sources, targets=targets, function=_function(target, group, dtype, shapes), label=label
-    )
+class _Converting:
+    """Works out what converters make of their tensors."""
+
+    def __init__(self, stored: Mapping[str, TensorSpec], slots: Mapping[str, TensorSpec], config: Any) -> None:
+        self._stored = stored
+        self._slots = slots
+        self._shapes = _Shapes(slots, config)
+        self._known: dict[Hashable, tuple[int, ...]] = {}
+
+    def conversion(self, target: str, group: _Collected) -> Conversion:
+        """One converter instance as a conversion."""
+        dtype = self._slots[target].dtype
+        stored_dtype = self._stored[group.sources[0]].dtype
+        made = self._made(target, group, stored_dtype)
+        targets = {name: TensorSpec(dtype=stored_dtype, shape=shape) for name, shape in made.items()}
+        label = "+".join(_label(operation) for operation in group.converter.operations)
+        assemblies = _assemblies(group, self._stored, targets)
+        if assemblies is not None:
+            return Conversion(sources=group.sources, targets=targets, assemblies=assemblies, label=label)
+        function = _function(target, group, dtype, self._shapes)
+        return Conversion(sources=group.sources, targets=targets, function=function, label=label)
+
+    def _made(self, target: str, group: _Collected, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the results: transformers' own operations say, on the meta device.
+
+        Operations that only join look at nothing but their tensors, so experts of the same shapes are joined once and
+        not in each of a thousand layers.
+        """
+        key: Hashable = None
+        if all(type(operation).__name__ in _JOINING for operation in group.converter.operations):
+            shapes = [(pattern, *(self._stored[name].shape for name in names)) for pattern, names in group.keys.items()]
+            key = (id(group.converter), *shapes)
+            if key in self._known:
+                return {target: self._known[key]}
+        meta = {name: torch.empty(self._stored[name].shape, dtype=dtype, device="meta") for name in group.sources}
+        made = {name: tuple(tensor.shape) for name, tensor in _converted(target, group, meta, self._shapes).items()}
+        if key is not None and made.keys() == {target}:
+            self._known[key] = made[target]
+        return made
 
 
 def _function(

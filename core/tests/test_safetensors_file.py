@@ -9,6 +9,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
@@ -269,6 +270,25 @@ def test_reading_ahead_changes_nothing(two: Path) -> None:
     assert_same({name: tensor.read() for name, tensor in stored.items()}, load_file(two))
     two.unlink()
     reader.will_need(stored["a"])
+
+
+@linux
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice about files")
+def test_a_cold_file_is_read_ahead(tmp_path: Path) -> None:
+    """What isn't in the page cache is by the time that it is needed; what is there is found there."""
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.arange(3 << 20, dtype=torch.int32)}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        size = path.stat().st_size
+        if pagecache._is_cached(file.fileno(), 0, size):
+            pytest.skip("the files of this system can't be taken out of the page cache")
+        pagecache.prefetch(path, 0, size)
+        deadline = time.monotonic() + 60
+        while not pagecache._is_cached(file.fileno(), 0, size):
+            assert time.monotonic() < deadline, "nothing was read ahead"
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize("padding", range(8))

@@ -7,7 +7,6 @@
 
 /* The reciprocal of anything smaller would be infinite. */
 #define SMALLEST_SCALE 1e-38f
-#define BATCH 64
 
 /* Every processor that matters has vectors of 16 bytes; gcc and clang both compile these types to them. */
 typedef float floats __attribute__((vector_size(16)));

@@ -5,7 +5,6 @@
  */
 #include "kernels.h"
 
-#define BATCH 64
 #define LAST_CELL 65535.0
 
 /* Unlike for 4 bits, NaNs don't count. */

@@ -4,23 +4,6 @@
  */
 #include "kernels.h"
 
-/* So large a number leaves a sum no bits for a fraction: it is rounded to even, and the integer is in the low bits. */
-#define ROUNDER 0x1.8p23f
-
-/* The float16 that is nearest to a value, as a float32; a NaN stays one. */
-INLINE float to_nearest_half(float value) {
-    uint32_t bits = to_bits(value) & 0x7FFFFFFF;
-    /* A power of two so large that the sum has as many bits below it as float16 has; 2^-14 is its smallest normal. */
-    uint32_t exponent = bits & INFINITE_BITS;
-    exponent = exponent < 113u << 23 ? 113u << 23 : exponent;
-    exponent = exponent > 200u << 23 ? 200u << 23 : exponent;
-    float power = from_bits(exponent + (13u << 23));
-    uint32_t rounded = to_bits((from_bits(bits) + power) - power);
-    rounded = rounded >= 143u << 23 ? INFINITE_BITS : rounded; /* 65536 and above */
-    rounded = bits > INFINITE_BITS ? bits : rounded;
-    return from_bits(rounded | (to_bits(value) & 0x80000000u));
-}
-
 INLINE float load_half(const void *x, int64_t i, enum dtype dtype) {
     float value = load(x, i, dtype);
     return dtype == FLOAT16 ? value : to_nearest_half(value);

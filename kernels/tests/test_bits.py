@@ -1,88 +1,32 @@
-"""Property: each instruction set gives the bits of the definition in torch, whatever the weights."""
+"""Property: each instruction set gives the bits of the definition in torch, whatever the weights: the first kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import quantdock_kernels as kernels
 from quantdock import ops
-from quantdock.ops import choice
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+sys.path.insert(0, str(Path(__file__).parent))
+from kernel_weights import (
+    DTYPES,
+    bits,
+    definitions,  # noqa: F401 - a fixture
+    every_instruction_set,
+    guarded,
+    nothing_else_was_written,
+    same_floats,
+    some_weights,
+    weights,
+)
+
 BLOCKSIZES = [2, 6, 30, 32, 34, 64, 96, 128, 256, 4096]
-GUARD = 171
-every_instruction_set = pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _definitions() -> Iterator[None]:
-    """Inside this file, the operations run on torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(choice.VARIABLE, "off")
-        choice._choice.cache_clear()
-        assert ops.implementation().startswith("torch")
-        yield
-    choice._choice.cache_clear()
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def same_scales(found: Tensor, expected: Tensor) -> bool:
-    """Bit for bit, but for which of the many NaNs it is."""
-    ordinary = ~expected.isnan()
-    return torch.equal(found.isnan(), ~ordinary) and torch.equal(bits(found[ordinary]), bits(expected[ordinary]))
-
-
-def some_weights(generator: torch.Generator, kind: str, count: int, dtype: torch.dtype) -> Tensor:
-    """Weights that start at any element of their memory, not only where a vector would like them to."""
-    start = int(torch.randint(0, 9, (1,), generator=generator))
-    normal = torch.randn(count + start, generator=generator)
-    match kind:
-        case "patterns":  # of which some hundredth is NaNs, quiet and signalling
-            size = 4 if dtype == torch.float32 else 2
-            values = torch.randint(0, 256, ((count + start) * size,), generator=generator, dtype=torch.uint8)
-            return values.view(dtype)[start:]
-        case "infinities":
-            normal[torch.rand(len(normal), generator=generator) < 0.01] = float("inf")
-            normal[torch.rand(len(normal), generator=generator) < 0.01] = float("-inf")
-        case "zeros":
-            normal = normal.sign() * 0.0
-        case "denormals":
-            normal = normal * (1e-40 if dtype != torch.float16 else 1e-7)
-        case "wide":
-            normal = normal * torch.exp2(torch.randint(-140, 120, normal.shape, generator=generator))
-        case "ternary":
-            normal = normal.round().clamp(-1, 1)
-    return normal.to(dtype)[start:]
-
-
-KINDS = ["normal", "patterns", "infinities", "zeros", "denormals", "wide", "ternary"]
-weights = {
-    "kind": st.sampled_from(KINDS),
-    "dtype": st.sampled_from(DTYPES),
-    "seed": st.integers(0, 2**32),
-}
-
-
-def guarded(dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
-    """A result, and the memory that it is in the middle of."""
-    count = torch.Size(shape).numel()
-    memory = torch.full(((count + 64) * dtype.itemsize,), GUARD, dtype=torch.uint8).view(dtype)
-    return memory[32 : 32 + count].view(shape), memory
-
-
-def nothing_else_was_written(result: Tensor, memory: Tensor) -> None:
-    count = result.numel()
-    assert (bits(memory[:32]) == GUARD).all()
-    assert (bits(memory[32 + count :]) == GUARD).all()
 
 
 @every_instruction_set
@@ -110,7 +54,7 @@ def test_4bit(instruction_set: str, kind: str, dtype: torch.dtype, seed: int, co
     )
     expected, scales = torch.empty_like(packed), torch.empty_like(absmax)
     ops.quantize_blockwise_4bit(flat, bounds=bounds, codes=codes, blocksize=blocksize, packed=expected, absmax=scales)
-    assert same_scales(absmax, scales)
+    assert same_floats(absmax, scales)
     assert torch.equal(packed, expected)
     assert torch.equal(bits(flat), bits(before))
     nothing_else_was_written(packed, memory)
@@ -131,7 +75,7 @@ def test_8bit(instruction_set: str, kind: str, dtype: torch.dtype, seed: int, co
     )
     expected, scales = torch.empty_like(codes), torch.empty_like(absmax)
     ops.quantize_blockwise_8bit(flat, table=table, blocksize=blocksize, codes=expected, absmax=scales)
-    assert same_scales(absmax, scales)
+    assert same_floats(absmax, scales)
     assert torch.equal(codes, expected)
     nothing_else_was_written(codes, memory)
     nothing_else_was_written(absmax, scales_memory)
@@ -160,7 +104,7 @@ def test_every_16_bit_value(instruction_set: str, dtype: torch.dtype) -> None:
         ops.quantize_blockwise_4bit(
             flat, bounds=bounds, codes=codes, blocksize=blocksize, packed=expected, absmax=scales
         )
-        assert same_scales(absmax, scales)
+        assert same_floats(absmax, scales)
         assert torch.equal(packed, expected)
 
 
@@ -180,7 +124,7 @@ def test_rows_int8(
     kernels.quantize_rows_int8(matrix, codes=codes, scales=scales, instruction_set=instruction_set)
     expected, expected_scales = torch.empty_like(codes), torch.empty_like(scales)
     ops.quantize_rows_int8(matrix, codes=expected, scales=expected_scales)
-    assert same_scales(scales, expected_scales)
+    assert same_floats(scales, expected_scales)
     assert torch.equal(codes, expected)
     nothing_else_was_written(codes, memory)
     nothing_else_was_written(scales, scales_memory)

@@ -95,6 +95,72 @@ def test_the_other_kernels_check_too() -> None:
             kernels.quantize_rows_int8(wrong, codes=result, scales=scale)
 
 
+MATRIX, GRID = torch.ones(4, 6), torch.ones(4, 2)
+BYTES, CODES = torch.zeros(4, 6, dtype=torch.uint8), torch.zeros(4, 6, dtype=torch.float8_e4m3fn)
+WORDS = torch.zeros(4, 1, dtype=torch.int32)
+CALLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "group_extremes": (
+        {"matrix": MATRIX, "group": 3, "smallest": GRID.clone(), "largest": GRID.clone()},
+        [{"matrix": MATRIX.t()}, {"group": 0}, {"smallest": GRID[1:]}, {"largest": GRID.bfloat16()}, {"group": 2}],
+    ),
+    "group_magnitudes": (
+        {"matrix": MATRIX, "group": 3, "magnitudes": GRID.clone()},
+        [{"matrix": MATRIX.int()}, {"group": -1}, {"magnitudes": GRID.t()}, {"group": 6}],
+    ),
+    "encode_fp8": (
+        {"matrix": MATRIX, "scales": GRID, "block": (1, 3), "divide": True, "codes": CODES},
+        [{"matrix": MATRIX[0]}, {"scales": GRID.half()}, {"block": (2, 3)}, {"block": (1, 0)}, {"codes": BYTES}],
+    ),
+    "decode_fp8": (
+        {"codes": CODES, "scales": GRID, "block": (1, 3), "out": MATRIX.clone()},
+        [
+            *[{"codes": CODES.t()}, {"codes": BYTES}, {"codes": CODES[0]}, {"scales": GRID[1:]}, {"block": (1, 2)}],
+            *[{"out": MATRIX[1:]}, {"out": MATRIX.double()}],
+        ],
+    ),
+    "quantize_affine": (
+        {"matrix": MATRIX, "group": 3, "scales": GRID, "shifts": GRID, "zeros": BYTES[:, :2].contiguous()}
+        | {"divide": True, "lowest": 0, "highest": 15, "codes": BYTES.clone()},
+        [
+            *[{"matrix": MATRIX.t()}, {"group": 0}, {"group": 2}, {"scales": GRID.double()}, {"shifts": GRID.half()}],
+            *[{"zeros": GRID}, {"lowest": -1}, {"highest": 256}, {"lowest": 16}, {"codes": BYTES.int()}],
+            {"codes": BYTES[1:]},
+        ],
+    ),
+    "unpack_words": (
+        {"words": WORDS, "bits": 4, "dim": 1, "codes": BYTES},
+        [
+            *[{"words": WORDS.long()}, {"words": WORDS.t()}, {"bits": 5}, {"bits": 8}, {"dim": 2}, {"turn": True}],
+            *[
+                {"interleaved": True},
+                {"bits": 8, "interleaved": True},
+                {"codes": BYTES[1:]},
+                {"codes": CODES},
+                {"codes": BYTES[0]},
+            ],
+        ],
+    ),
+    "pack_words": (
+        {"words": WORDS, "bits": 4, "dim": 1, "codes": BYTES},
+        [{"words": WORDS[1:]}, {"bits": 1}, {"dim": -1}, {"codes": BYTES.t()}],
+    ),
+    "cast": (
+        {"flat": MATRIX.view(-1).bfloat16(), "out": torch.zeros(24, dtype=torch.float16)},
+        [{"flat": MATRIX.half()}, {"flat": MATRIX.view(-1)}, {"out": torch.zeros(24)}, {"out": torch.zeros(23).half()}],
+    ),
+}
+"""By kernel: a call that is right, and what makes it wrong."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_is_checked(name: str) -> None:
+    right, wrong = CALLS[name]
+    getattr(kernels, name)(**right)
+    for change in wrong:
+        with pytest.raises((TypeError, ValueError), match="expected"):
+            getattr(kernels, name)(**(right | change))
+
+
 def test_a_library_that_is_something_else_is_refused(tmp_path: Path) -> None:
     damaged = tmp_path / "libquantdock_kernels.so"
     damaged.write_bytes(b"\x7fELF and no more")

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from quantdock.garbage import collected_later
 from quantdock.progress import announcing
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def load(
     """
     # The names above are the fields of LoadOptions, one to one.
     arguments = {name: value for name, value in locals().items() if name != "source"}
-    with announcing(progress, str(source)) as announce:
+    with announcing(progress, str(source)) as announce, collected_later():
         from quantdock.loading import make_plan
 
         made = make_plan(source, arguments, announce)
@@ -127,6 +128,7 @@ def plan(source: str | os.PathLike[str], **arguments: Any) -> Plan:
 
     The plan prints as a table, ``to_dict()`` gives it as data, and ``execute()`` loads.
     """
-    from quantdock.loading import make_plan
+    with collected_later():
+        from quantdock.loading import make_plan
 
-    return make_plan(source, arguments)
+        return make_plan(source, arguments)

@@ -17,7 +17,6 @@ from quantdock.checkpoint import Checkpoint
 from quantdock.conversion import Conversion
 from quantdock.deciding import Decision, decide
 from quantdock.errors import LedgerError
-from quantdock.garbage import collected_later
 from quantdock.options import LoadOptions
 from quantdock.patterns import matching, require_matches
 from quantdock.registry import Selection
@@ -40,6 +39,8 @@ class Match:
     conversions: list[Conversion] = field(default_factory=list)
     components: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     """Parameter stored quantized -> component -> stored tensor."""
+    stored_as: dict[str, str] = field(default_factory=dict)
+    """Parameter stored quantized -> the name it has in the checkpoint."""
     decisions: dict[str, Decision] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
@@ -68,7 +69,6 @@ def list_parameters(skeleton: Skeleton) -> dict[str, Parameter]:
     return result
 
 
-@collected_later()
 def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, options: LoadOptions) -> Match:
     """Draw up both sides of the ledger.
 
@@ -77,6 +77,8 @@ def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, opti
         PatternError: a pattern the user gave matches nothing.
     """
     found = Match(parameters=list_parameters(skeleton))
+    for chosen in selection:
+        chosen.quantizer.metadata, chosen.quantizer.stored_as = checkpoint.metadata, found.stored_as
     companions = _split_companions(checkpoint, selection)
     groups = _group(companions, checkpoint)
     # A quantized parameter is routed by its own name, also where nothing is stored under it.
@@ -157,6 +159,7 @@ def _take_conversions(
             (source,), (target,) = conversion.sources, conversion.targets
             own = {found.parameters[target].leaf: checkpoint.tensors[source]} if source in checkpoint.tensors else {}
             found.components[target] = own | groups.pop(source)
+            found.stored_as[target] = source
 
 
 def _methods(selection: Selection) -> str:

@@ -140,8 +140,10 @@ def prefetch(file: int | str | Path, offset: int, nbytes: int) -> None:
 
 
 def _is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
-    """Whether a few bytes of a range, spread over it, can be had without waiting: asking for the whole of a file that is
-    in the page cache already takes a twentieth of the time of reading it."""
+    """Whether a few bytes of a range, spread over it, can be had without waiting.
+
+    Asking for the whole of a file that is in the page cache would take a good part of the time of reading it.
+    """
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     byte = [bytearray(1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ from quantdock.caching.results import Cached
 from quantdock.checkpoint import Checkpoint
 from quantdock.config import ModelConfig
 from quantdock.discovery import Catalog
+from quantdock.dispatching import dispatch, offload_folder
 from quantdock.engine import Budgets, Engine
-from quantdock.errors import PlacementError, PluginError, QuantdockError
+from quantdock.errors import PluginError, QuantdockError
 from quantdock.garbage import collected_later
 from quantdock.ledger import Action, Entry, Ledger
 from quantdock.matching import Match
@@ -120,7 +121,13 @@ class Plan:
             self.cached.settle(self)
         with self.stopwatch.stage("postprocess_model"):
             self.skeleton.architecture.finish(self._outcome())
-            self._dispatch(engine)
+            dispatch(
+                model,
+                self.placement,
+                engine.runner.offload_dir,
+                engine.runner.offload_index,
+                self.skeleton.architecture.dispatch_options(),
+            )
             self.hooks.hook.postprocess_model(model=model)
             self._check_complete()
         self.checkpoint.close()
@@ -195,18 +202,14 @@ class Plan:
         }
         callers = {key: (lambda p, t, hook=hook: hook(parameter=p, tensor=t)) for key, hook in hooks.items()}
         return Engine(
-            runner=Runner(model=self.skeleton.model, quantize_hooks=callers, offload_dir=self._offload_dir()),
+            runner=Runner(
+                model=self.skeleton.model,
+                quantize_hooks=callers,
+                offload_dir=offload_folder(self.placement, self.options),
+            ),
             budgets=Budgets(self.options.budget, (unit.device for unit in self.units)),
             workers=self.options.worker_count,
         )
-
-    def _offload_dir(self) -> str | None:
-        if not self.placement.offloads:
-            return None
-        if self.options.offload_dir is None:
-            raise PlacementError("device_map puts a part of the model on disk; pass offload_dir= for it")
-        os.makedirs(self.options.offload_dir, exist_ok=True)
-        return os.fspath(self.options.offload_dir)
 
     def _outcome(self) -> LoadOutcome:
         return LoadOutcome(
@@ -216,27 +219,6 @@ class Plan:
             devices=self.placement.device_map,
             quantizers=[chosen.quantizer for chosen in self.selection],
             quantization_config=self.quantization_config,
-        )
-
-    def _dispatch(self, engine: Engine) -> None:
-        if self.placement.single is not None:
-            return
-        from accelerate import disk_offload, dispatch_model
-        from accelerate.utils import save_offload_index
-
-        model, options = self.skeleton.model, self.skeleton.architecture.dispatch_options()
-        offload_dir, offload_index = engine.runner.offload_dir, engine.runner.offload_index
-        if offload_dir is not None:
-            save_offload_index(offload_index, offload_dir)
-            if set(map(str, self.placement.device_map.values())) == {DISK}:
-                disk_offload(model, offload_dir, execution_device=torch.device("cpu"))
-                return
-        dispatch_model(
-            model,
-            device_map={name: _accelerate_device(device) for name, device in self.placement.device_map.items()},
-            offload_dir=offload_dir,
-            offload_index=offload_index or None,
-            **options,
         )
 
     def _check_complete(self) -> None:
@@ -268,14 +250,15 @@ class Plan:
             refused={decision.dist: decision.reason for decision in self.catalog.decisions if not decision.allowed},
             policy=self.catalog.policy_origin,
             broken=dict(self.catalog.broken),
+            operations=_operations(),
             cache=self.cached.facts,
         )
 
 
-def _accelerate_device(device: torch.device | str) -> Any:
-    if isinstance(device, str):
-        return device
-    return device.index if device.type == "cuda" and device.index is not None else str(device)
+def _operations() -> str:
+    """What ``quantdock.ops`` runs on; a load in which nobody imported it has no use for it."""
+    choice = sys.modules.get("quantdock.ops.choice")
+    return "not used" if choice is None else str(choice.implementation())
 
 
 @collected_later()

@@ -9,7 +9,6 @@ import torch
 
 from quantdock.architecture import Skeleton
 from quantdock.errors import PlacementError, PluginError
-from quantdock.garbage import collected_later
 from quantdock.matching import Match
 from quantdock.options import LoadOptions
 from quantdock.placement import DISK, Placement, place
@@ -30,7 +29,6 @@ def assign(selection: Selection, match: Match) -> None:
         }
 
 
-@collected_later()
 def preprocess(skeleton: Skeleton, match: Match, hooks: pluggy.PluginManager) -> None:
     """Run the stage, and hold it to its word: all on meta, and nothing changed but what quantizers own.
 
@@ -81,7 +79,6 @@ def _slot(module: torch.nn.Module | None, leaf: str) -> torch.Tensor | None:
     return module._buffers.get(leaf) if parameter is None else parameter
 
 
-@collected_later()
 def resolve_placement(skeleton: Skeleton, match: Match, selection: Selection, options: LoadOptions) -> Placement:
     """Devices for every parameter, and each quantizer's word that it runs there.
 

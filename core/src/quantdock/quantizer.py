@@ -127,6 +127,8 @@ class Quantizer(ABC, Generic[ConfigT]):
         prequantized: whether the checkpoint holds quantized tensors already.
         parameters: what the plan gave to this quantizer, by name; set before ``preprocess_model``.
         stored: component specs as found in the checkpoint, per parameter; empty when quantizing on load.
+        metadata: what the headers of the checkpoint's files say beside their tensors; set before anything is asked.
+        stored_as: the name that each parameter stored quantized has in the checkpoint; set before ``refusal``.
     """
 
     config_class: ClassVar[type[QuantizationConfig]]
@@ -144,6 +146,8 @@ class Quantizer(ABC, Generic[ConfigT]):
         self.prequantized = prequantized
         self.parameters: Mapping[str, Parameter] = {}
         self.stored: Mapping[str, Mapping[str, TensorSpec]] = {}
+        self.metadata: Mapping[str, str] = {}
+        self.stored_as: Mapping[str, str] = {}
 
     # What the core asks -------------------------------------------------------------------------------------------
 
@@ -198,6 +202,18 @@ class Quantizer(ABC, Generic[ConfigT]):
                 ``self.parameters`` are those this quantizer has.
         """
         return self.config.to_dict()
+
+    def saved_metadata(
+        self, model: torch.nn.Module, names: Mapping[str, str], others: Collection[str]
+    ) -> Mapping[str, str]:
+        """What the headers of saved weight files say beside their tensors; nothing by default.
+
+        Args:
+            model: the model that is saved.
+            names: this quantizer's parameters -> the names they are saved under, as a checkpoint spells them.
+            others: the stored tensors that no quantizer made.
+        """
+        return {}
 
     def check_device(self, device: torch.device) -> None:
         """Raise ``UnsupportedError`` with the reason and the fix when this method can't run on ``device``."""

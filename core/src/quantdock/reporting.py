@@ -45,6 +45,8 @@ class Report:
     policy: str
     broken: Mapping[str, str]
     """Stage plugins that couldn't be imported -> why; no part of this load needed them."""
+    operations: str
+    """What ran the operations on the bits of weights that plugins share: compiled kernels or torch, and why."""
     cache: Mapping[str, str]
     """What the result cache did: ``state`` (``off``, ``unused``, ``hit``, ``made`` or ``failed``), which ``entry`` it
     used or made, and the ``reason`` if it did neither."""
@@ -76,6 +78,7 @@ class Report:
             ("seconds", ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())),
             ("plugins", ", ".join(f"{name} {version}" for name, version in self.plugins.items()) or "none"),
             ("policy", self.policy),
+            ("operations", self.operations),
             ("cache", cache_line(self.cache)),
         ]
         facts += [(f"covered by {m or 'none'}", f"{amount / stored:.1%}") for m, amount in ledger.coverage.items()]
@@ -147,7 +150,8 @@ def measured_nbytes(model: torch.nn.Module) -> int:
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
             key = (item.data_ptr(), item.nbytes)
-            if not item.is_meta and key not in counted:
+            # A tensor that wraps others has no memory of its own; theirs is found among its attributes.
+            if not item.is_meta and key not in counted and not hasattr(item, "__tensor_flatten__"):
                 counted.add(key)
                 total += item.nbytes
         pending += _held(item)

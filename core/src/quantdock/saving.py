@@ -16,6 +16,7 @@ import torch
 from quantdock.errors import SaveError, UnsupportedError
 from quantdock.options import as_path, parse_bytes
 from quantdock.reporting import Record, attach, record_of
+from quantdock.tensors import qualified
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,9 +46,11 @@ def save(model: torch.nn.Module, folder: str | os.PathLike[str], *, max_shard_si
     target = as_path(folder)
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file; name a folder")
-    state = record.architecture.export(_state(model, record))
+    made = _state(model, record)
+    state = record.architecture.export(dict(made))
+    metadata = _metadata(model, record, made, state)
     with aside(target) as staging:
-        write_weights(state, staging, parse_bytes(max_shard_size, option="max_shard_size"))
+        write_weights(state, staging, parse_bytes(max_shard_size, option="max_shard_size"), metadata)
         record.architecture.write_config(staging, record.quantization_config)
         if target.is_dir():
             _keep_others(target, staging)
@@ -63,12 +66,41 @@ def _state(model: torch.nn.Module, record: Record) -> dict[str, torch.Tensor]:
         quantizer = chosen.quantizer
         for parameter in quantizer.parameters.values():
             stored = quantizer.components(model, parameter)
-            prefix = f"{parameter.module}." if parameter.module else ""
-            state.update({prefix + name: tensor for name, tensor in stored.items()})
+            state.pop(parameter.name, None)  # what the module keeps there isn't stored, unless it is a component
+            state.update({qualified(parameter.module, name): tensor for name, tensor in stored.items()})
     offloaded = [name for name, tensor in state.items() if tensor.is_meta]
     if offloaded:
         state.update(_fetched(model, offloaded))
     return state
+
+
+def _metadata(
+    model: torch.nn.Module, record: Record, made: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """What quantizers write into the headers of weight files, with parameters by the names they are saved under.
+
+    Args:
+        model: the model that is saved.
+        record: what quantdock knows of it.
+        made: its state dict, with the components of quantized parameters.
+        state: the same as it is saved, where the architecture may have given tensors other names.
+    """
+    saved_as = {id(tensor): name for name, tensor in state.items()}
+    components: set[str] = set()
+    names: list[dict[str, str]] = []
+    for chosen in record.selection:
+        names.append({})
+        for parameter in chosen.quantizer.parameters.values():
+            for component, name in chosen.quantizer.stored_names(parameter).items():
+                saved = saved_as.get(id(made.get(name)))
+                if saved is not None and saved.endswith(component):
+                    components.add(saved)
+                    names[-1][parameter.name] = saved.removesuffix(component) + parameter.leaf
+    others = [name for name in state if name not in components]
+    result: dict[str, str] = {}
+    for chosen, mine in zip(record.selection, names, strict=True):
+        result |= chosen.quantizer.saved_metadata(model, mine, others) if mine else {}
+    return result
 
 
 def _fetched(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
@@ -84,8 +116,11 @@ def _fetched(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor
     return result
 
 
-def write_weights(state: Mapping[str, torch.Tensor], folder: Path, limit: int) -> None:
-    """Write tensors to ``model.safetensors``, or to shards of at most ``limit`` bytes and their index."""
+def write_weights(
+    state: Mapping[str, torch.Tensor], folder: Path, limit: int, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to ``model.safetensors``, or to shards of at most ``limit`` bytes and their index; ``metadata``
+    goes into the header of each."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
@@ -94,7 +129,7 @@ def write_weights(state: Mapping[str, torch.Tensor], folder: Path, limit: int) -
     )
     for file, names in split.filename_to_tensors.items():
         shard = {name: state[name].detach().contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_file(shard, folder / file, metadata={"format": "pt", **(metadata or {})})
     if split.is_sharded:
         index = {"metadata": dict(split.metadata), "weight_map": dict(split.tensor_to_filename)}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,7 +10,6 @@ import torch
 from quantdock.checkpoint import Checkpoint
 from quantdock.conversion import Assembly, Conversion
 from quantdock.deciding import Decision
-from quantdock.garbage import collected_later
 from quantdock.layout import Slices
 from quantdock.ledger import Action
 from quantdock.matching import Match
@@ -112,7 +111,6 @@ class Unit:
         return sum(source.stored_nbytes for source in self.sources)
 
 
-@collected_later()
 def make_units(match: Match, checkpoint: Checkpoint, placement: Placement, *, whole: bool = False) -> list[Unit]:
     """All units of a load, in file order.
 

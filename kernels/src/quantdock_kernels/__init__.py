@@ -8,17 +8,30 @@ the same for every instruction set.
 from __future__ import annotations
 
 from quantdock_kernels._library import ABI, function, instruction_set, instruction_sets
+from quantdock_kernels.affine import quantize_affine
 from quantdock_kernels.blockwise import quantize_4bit, quantize_8bit
+from quantdock_kernels.casts import cast
+from quantdock_kernels.fp8 import decode_fp8, encode_fp8
+from quantdock_kernels.groups import group_extremes, group_magnitudes
 from quantdock_kernels.rows import quantize_rows_int8
+from quantdock_kernels.words import pack_words, unpack_words
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ABI",
+    "cast",
+    "decode_fp8",
+    "encode_fp8",
     "function",
+    "group_extremes",
+    "group_magnitudes",
     "instruction_set",
     "instruction_sets",
+    "pack_words",
     "quantize_4bit",
     "quantize_8bit",
+    "quantize_affine",
     "quantize_rows_int8",
+    "unpack_words",
 ]

@@ -43,6 +43,33 @@ def check_floats(name: str, tensor: Tensor, dimensions: int) -> int:
     return FLOATS[tensor.dtype]
 
 
+def check_rows(name: str, tensor: Tensor, dtype: torch.dtype) -> int:
+    """The address of a matrix of this dtype, with the elements of a row side by side and any distance between rows.
+
+    Raises:
+        TypeError: it isn't a tensor of that dtype in CPU memory.
+        ValueError: it isn't a matrix, or has gaps between the elements of a row.
+    """
+    _check_memory(name, tensor)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}")
+    if tensor.dim() != 2 or (tensor.shape[1] > 1 and tensor.stride(1) != 1):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, expected 2 dimensions and 1 as the "
+            "last stride"
+        )
+    return tensor.data_ptr()
+
+
+def check_positive(name: str, *values: int) -> None:
+    """
+    Raises:
+        ValueError: one of them isn't positive.
+    """
+    if min(values) < 1:
+        raise ValueError(f"{name} is {', '.join(map(str, values))}, expected a positive number")
+
+
 def check_blocksize(blocksize: int) -> None:
     """
     Raises:

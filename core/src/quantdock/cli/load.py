@@ -14,6 +14,7 @@ from quantdock.cli import output
 from quantdock.cli.arguments import LoadArguments
 from quantdock.cli.command import JsonOption, SourceArgument
 from quantdock.errors import QuantdockError, UnsupportedError
+from quantdock.garbage import collected_later
 
 if TYPE_CHECKING:
     from quantdock.planning import Plan
@@ -42,7 +43,7 @@ def run(
     if profile is not None:
         _check_target(profile)
     with nullcontext() if profile is None else profiling.record(profile):
-        with profiling.current().stage("import"):
+        with profiling.current().stage("import"), collected_later():
             from quantdock import calls, reporting, saving
         plan = calls.plan(source, **options)
         model = plan.execute()
@@ -106,6 +107,7 @@ def _print_report(report: Report, plan: Plan) -> None:
         *output.ledger_facts(report.ledger),
         ("plugins", ", ".join(f"{name} {version}" for name, version in report.plugins.items()) or "none"),
         ("policy", report.policy),
+        ("operations", report.operations),
         ("cache", cache_line(report.cache)),
         *(("refused", f"{name}: {reason}") for name, reason in report.refused.items()),
         *(("broken", reason) for reason in report.broken.values()),

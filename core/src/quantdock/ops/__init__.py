@@ -9,17 +9,38 @@ code.
 
 from __future__ import annotations
 
+from quantdock.ops import parameters
+from quantdock.ops.affine import quantize_affine
+from quantdock.ops.blocks import working_bytes
 from quantdock.ops.blockwise_4bit import WORKING_BYTES_4BIT, quantize_blockwise_4bit
 from quantdock.ops.blockwise_8bit import WORKING_BYTES_8BIT, quantize_blockwise_8bit
+from quantdock.ops.casts import cast
 from quantdock.ops.choice import implementation
+from quantdock.ops.fp8 import decode_fp8, encode_fp8
+from quantdock.ops.fp8_scales import Fp8Scales, fp8_scales
+from quantdock.ops.groups import block_magnitudes, group_extremes, group_magnitudes
 from quantdock.ops.rows import quantize_rows_int8, rows_int8_working_bytes
+from quantdock.ops.words import pack_words, unpack_words
 
 __all__ = [
     "WORKING_BYTES_4BIT",
     "WORKING_BYTES_8BIT",
+    "Fp8Scales",
+    "block_magnitudes",
+    "cast",
+    "decode_fp8",
+    "encode_fp8",
+    "fp8_scales",
+    "group_extremes",
+    "group_magnitudes",
     "implementation",
+    "pack_words",
+    "parameters",
+    "quantize_affine",
     "quantize_blockwise_4bit",
     "quantize_blockwise_8bit",
     "quantize_rows_int8",
     "rows_int8_working_bytes",
+    "unpack_words",
+    "working_bytes",
 ]

@@ -36,3 +36,29 @@ def expect_blocks(flat: Tensor, blocksize: int) -> int:
     if blocksize < 2 or blocksize % 2:
         raise ValueError(f"blocksize is {blocksize}, expected a positive even number")
     return -(-flat.numel() // blocksize)
+
+
+def expect_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """
+    Raises:
+        ValueError: the tensor isn't a matrix of one of these dtypes in CPU memory; its strides may be any.
+    """
+    if tensor.dtype not in dtypes or tensor.dim() != 2 or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected a matrix of "
+            f"{' or '.join(map(str, dtypes))} on cpu"
+        )
+
+
+def expect_positive(name: str, *values: int) -> None:
+    """
+    Raises:
+        ValueError: one of them isn't positive.
+    """
+    if min(values) < 1:
+        raise ValueError(f"{name} is {', '.join(map(str, values))}, expected a positive number")
+
+
+def has_whole_rows(matrix: Tensor) -> bool:
+    """Whether the elements of a row lie side by side, as compiled code needs them."""
+    return matrix.stride(1) == 1 or matrix.shape[1] == 1

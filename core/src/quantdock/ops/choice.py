@@ -12,7 +12,7 @@ from quantdock.errors import ConfigError
 VARIABLE = "QUANTDOCK_KERNELS"
 
 _PACKAGE = "quantdock-kernels"
-_ABI = 1
+_ABI = 2
 """Which compiled functions this version calls, and how; see ``quantdock_kernels.ABI``."""
 
 

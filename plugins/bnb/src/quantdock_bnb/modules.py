@@ -30,6 +30,11 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes is An
     stored_state: QuantState | None = None
     """The state as stored, while ``weight`` has the kernel's layout; ``None`` while ``weight`` has the stored one."""
 
+    def reset_parameters(self) -> None:
+        """Nothing, on the meta device: drawing no numbers takes as long as all the rest of making a layer."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def stored(self) -> tuple[Tensor, QuantState | None]:
         """The weight's data and state as they are stored, without changing the layer."""
         if self.stored_state is None:
@@ -85,6 +90,11 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes is An
 
 class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes is Any to the type checker
     """An 8-bit linear layer that leaves its bias alone and can be moved after use, as a part of a model too."""
+
+    def reset_parameters(self) -> None:
+        """As in ``Linear4bit``."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def scales(self) -> Tensor | None:
         """The largest magnitude of each row, ``float32 [out]``, wherever bitsandbytes keeps it at the moment."""

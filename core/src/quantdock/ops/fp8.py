@@ -1,0 +1,100 @@
+"""8-bit floats with a scale per block of rows and columns: a whole tensor, a row, 128 x 128 elements, or 1 x 32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantdock.ops.arguments import expect, expect_matrix, expect_positive, has_whole_rows
+from quantdock.ops.blocks import row_pieces, spread
+from quantdock.ops.choice import compiled
+
+LARGEST_E4M3 = 448.0
+
+_NAN_E4M3 = 0x7F
+_NEGATIVE_NAN_E4M3 = 0xFF
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def encode_fp8(matrix: Tensor, *, scales: Tensor, block: tuple[int, int], divide: bool, codes: Tensor) -> None:
+    """Scale elements as float32, and round them to the nearest float8_e4m3fn, ties to even.
+
+    What is beyond the largest code, 448, gets that code. A NaN, such as an infinity or a zero times the wrong scale
+    becomes, has the code 0x7F.
+
+    Args:
+        matrix: float32, bfloat16 or float16 ``[rows, columns]`` with any strides, on CPU; not changed. Compiled code
+            needs the elements of a row side by side.
+        scales: float32 ``[ceil(rows / block[0]), ceil(columns / block[1])]``.
+        block: rows and columns that share a scale; blocks at the edges may be smaller.
+        divide: by scales, instead of multiplying with them. The two round differently.
+        codes: float8_e4m3fn ``[rows, columns]``, written.
+
+    Raises:
+        ValueError: an argument isn't as described; nothing has been written.
+    """
+    expect_matrix("matrix", matrix)
+    _expect_scales(matrix, scales, block)
+    expect("codes", codes, torch.float8_e4m3fn, *matrix.shape)
+    kernels = compiled()
+    if kernels is not None and has_whole_rows(matrix):
+        kernels.encode_fp8(matrix, scales=scales, block=block, divide=divide, codes=codes)
+        return
+    for rows in row_pieces(*matrix.shape):
+        scale = spread(scales, block, rows, matrix.shape[1])
+        values = matrix[rows].float()
+        values = values / scale if divide else values * scale
+        # Not every version of torch limits what it converts.
+        codes[rows] = values.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+        # The sign of a NaN depends on the processor. Bools are slow in torch, the largest element isn't.
+        found = codes[rows].view(torch.uint8)
+        if found.max() == _NEGATIVE_NAN_E4M3:
+            found.masked_fill_(found == _NEGATIVE_NAN_E4M3, _NAN_E4M3)
+
+
+def decode_fp8(codes: Tensor, *, scales: Tensor, block: tuple[int, int], out: Tensor) -> None:
+    """``codes.to(torch.float32) * scales``, rounded once to the dtype of the result.
+
+    Args:
+        codes: float8_e4m3fn or float8_e5m2 ``[rows, columns]`` with any strides, on CPU; not changed. Compiled code
+            needs the elements of a row side by side.
+        scales: floats ``[ceil(rows / block[0]), ceil(columns / block[1])]``, on CPU; powers of two as float8_e8m0fnu
+            are floats, too. Used as float32.
+        block: rows and columns that share a scale; blocks at the edges may be smaller.
+        out: float32, bfloat16 or float16 ``[rows, columns]``, written. Nobody says which NaN a NaN is.
+
+    Raises:
+        ValueError: an argument isn't as described; nothing has been written.
+    """
+    expect_matrix("codes", codes, _FP8)
+    expect_matrix("out", out)
+    expect("out", out, out.dtype, *codes.shape)
+    single = scales.to(torch.float32).contiguous() if scales.is_floating_point() else scales
+    _expect_scales(codes, single, block)
+    kernels = compiled()
+    if kernels is not None and has_whole_rows(codes):
+        kernels.decode_fp8(codes, scales=single, block=block, out=out)
+        return
+    for rows in row_pieces(*codes.shape):
+        values = _values(codes[rows]).mul_(spread(single, block, rows, codes.shape[1]))
+        out[rows].copy_(values)
+
+
+def _expect_scales(matrix: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
+    expect_positive("block", *block)
+    rows, columns = matrix.shape
+    expect("scales", scales, torch.float32, -(-rows // block[0]), -(-columns // block[1]))
+
+
+def _values(codes: Tensor) -> Tensor:
+    """What ``to(torch.float32)`` gives, faster: 8-bit floats are float16 with fewer bits."""
+    bits = codes.view(torch.int8).to(torch.int16)
+    if codes.dtype == torch.float8_e5m2:
+        return bits.bitwise_left_shift_(8).view(torch.float16).float()
+    magnitudes = bits.bitwise_and(0x7F)
+    # The sign and seven bits; the exponent is 8 lower than that of float16.
+    values = bits.bitwise_left_shift_(7).bitwise_and_(-0x4080).view(torch.float16).float()
+    values.mul_(256.0)
+    if magnitudes.max() == _NAN_E4M3:
+        values.masked_fill_(magnitudes == _NAN_E4M3, float("nan"))
+    return values

@@ -125,11 +125,11 @@ def test_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent(
             f"""
-            import sys, time
+            import signal, sys, time
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             sys.path.insert(0, {str(Path(__file__).parent)!r})
             import quantdock
             from plain import Plain
-            from quantdock.engine import Engine
             def slow(progress):
                 print("unit", flush=True)
                 time.sleep(30)

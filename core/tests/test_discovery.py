@@ -198,16 +198,16 @@ def test_an_unknown_method_says_what_is_installed_and_what_to_install(offer: Off
     with pytest.raises(UnknownMethodError, match=r"serves quant_method 'nmaed'.*named \(named-plugin 1.0\)") as error:
         load(folder, quantize={"quant_method": "nmaed"})
     assert "Install the plugin that serves it, or check the spelling." in str(error.value)
-    with pytest.raises(UnknownMethodError, match="Install it with: pip install quantdock-torchao"):
-        load(folder, quantize={"quant_method": "torchao"}, policy=only(folder.parent, "named-plugin"))
+    with pytest.raises(UnknownMethodError, match="Install it with: pip install quantdock-awq"):
+        load(folder, quantize={"quant_method": "awq"}, policy=only(folder.parent, "named-plugin"))
 
 
 def test_an_unknown_preset_says_what_is_installed_and_what_to_install(offer: Offer, folder: Path) -> None:
     offer("named-plugin", BOTH)
     with pytest.raises(UnknownPresetError, match=r"'named-int4'.*named-int8 \(named-plugin 1.0\).*check the spelling"):
         load(folder, quantize="named-int4")
-    with pytest.raises(UnknownPresetError, match=r"the preset 'torchao-int4'.*pip install quantdock-torchao"):
-        load(folder, quantize="torchao-int4")
+    with pytest.raises(UnknownPresetError, match=r"the preset 'awq-int4'.*pip install quantdock-awq"):
+        load(folder, quantize="awq-int4")
 
 
 def test_an_unknown_method_of_a_checkpoint_never_loads_unquantized(folder: Path) -> None:

@@ -203,16 +203,8 @@ class Quantizer(ABC, Generic[ConfigT]):
         """
         return self.config.to_dict()
 
-    def saved_metadata(
-        self, model: torch.nn.Module, names: Mapping[str, str], others: Collection[str]
-    ) -> Mapping[str, str]:
-        """What the headers of saved weight files say beside their tensors; nothing by default.
-
-        Args:
-            model: the model that is saved.
-            names: this quantizer's parameters -> the names they are saved under, as a checkpoint spells them.
-            others: the stored tensors that no quantizer made.
-        """
+    def saved_metadata(self, model: torch.nn.Module) -> Mapping[str, str]:
+        """What the headers of saved weight files say beside their tensors, all of them alike; nothing by default."""
         return {}
 
     def check_device(self, device: torch.device) -> None:

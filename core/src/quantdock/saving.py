@@ -46,9 +46,10 @@ def save(model: torch.nn.Module, folder: str | os.PathLike[str], *, max_shard_si
     target = as_path(folder)
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file; name a folder")
-    made = _state(model, record)
-    state = record.architecture.export(dict(made))
-    metadata = _metadata(model, record, made, state)
+    state = record.architecture.export(_state(model, record))
+    metadata: dict[str, str] = {}
+    for chosen in record.selection:
+        metadata |= chosen.quantizer.saved_metadata(model) if chosen.quantizer.parameters else {}
     with aside(target) as staging:
         write_weights(state, staging, parse_bytes(max_shard_size, option="max_shard_size"), metadata)
         record.architecture.write_config(staging, record.quantization_config)
@@ -72,35 +73,6 @@ def _state(model: torch.nn.Module, record: Record) -> dict[str, torch.Tensor]:
     if offloaded:
         state.update(_fetched(model, offloaded))
     return state
-
-
-def _metadata(
-    model: torch.nn.Module, record: Record, made: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
-) -> dict[str, str]:
-    """What quantizers write into the headers of weight files, with parameters by the names they are saved under.
-
-    Args:
-        model: the model that is saved.
-        record: what quantdock knows of it.
-        made: its state dict, with the components of quantized parameters.
-        state: the same as it is saved, where the architecture may have given tensors other names.
-    """
-    saved_as = {id(tensor): name for name, tensor in state.items()}
-    components: set[str] = set()
-    names: list[dict[str, str]] = []
-    for chosen in record.selection:
-        names.append({})
-        for parameter in chosen.quantizer.parameters.values():
-            for component, name in chosen.quantizer.stored_names(parameter).items():
-                saved = saved_as.get(id(made.get(name)))
-                if saved is not None and saved.endswith(component):
-                    components.add(saved)
-                    names[-1][parameter.name] = saved.removesuffix(component) + parameter.leaf
-    others = [name for name in state if name not in components]
-    result: dict[str, str] = {}
-    for chosen, mine in zip(record.selection, names, strict=True):
-        result |= chosen.quantizer.saved_metadata(model, mine, others) if mine else {}
-    return result
 
 
 def _fetched(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:

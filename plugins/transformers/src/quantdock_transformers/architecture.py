@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -149,8 +150,17 @@ class TransformersArchitecture(Architecture):
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
+        if quantization is not None:
+            _complete(folder / "config.json", quantization)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
+
+
+def _complete(path: Path, quantization: Mapping[str, Any]) -> None:
+    """Add to a saved config what transformers' class for the method has no field for (GPTQ's ``dynamic``, for one)."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"] = {**quantization, **config.get("quantization_config", {})}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def other_parts(unmatched: Iterable[str], matched: Iterable[str]) -> set[str]:

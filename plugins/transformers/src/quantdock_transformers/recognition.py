@@ -62,5 +62,16 @@ class QuantdockQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def is_compileable(self) -> bool:
         return all(quantizer.capabilities.compile for quantizer in self._quantizers)
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """What ``save_pretrained`` writes: the components of quantized parameters in the place of what modules keep."""
+        state, metadata = dict(model.state_dict()), dict[str, str]()
+        for quantizer in self._quantizers:
+            for parameter in quantizer.parameters.values():
+                state.pop(parameter.name, None)
+                prefix = f"{parameter.module}." if parameter.module else ""
+                state |= {prefix + name: part for name, part in quantizer.components(model, parameter).items()}
+            metadata |= quantizer.saved_metadata(model) if quantizer.parameters else {}
+        return state, metadata
+
     def dequantize(self, model: Any, dtype: Any = None) -> Any:
         return dequantize(model, dtype=dtype)

@@ -1,0 +1,149 @@
+"""Codes of up to 4 bits, as torch's CPU kernel reads them: made, multiplied with, and turned back."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantdock.linears.affine import dequantize_columns, pieces
+from quantdock.linears.weights import Weight
+
+_GROUPS = (256, 128, 64, 32)  # inputs per group that the kernel knows
+_BLOCK = 64  # outputs that the kernel packs on their own, whatever the instruction set (some pack 32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Int4Form:
+    """A weight in the kernel's form. It depends on the CPU, so it stays in this process."""
+
+    most_rows: ClassVar[int] = 32
+    """Of activations, for which the kernel is faster than dequantizing; measured with AVX512."""
+
+    packed: Tensor
+    """uint8 ``[outputs, inputs / 2]``, in the kernel's order."""
+    scales: Tensor
+    """bfloat16 ``[groups, outputs]``."""
+    zeros: Tensor
+    """uint8 ``[groups, outputs]``, shifted."""
+    shift: int
+    """What is added to codes and zero points before packing. The kernel adds what a code of 8 stands for in bfloat16,
+    so codes of fewer bits lose the least when their middle is at 8, too."""
+    affine: Tensor
+    """bfloat16 ``[kernel's groups, outputs, 2]``: scale, and what a code of 8 stands for."""
+    size: int
+    """Inputs per group."""
+    order: Tensor | None
+    """The inputs in the order that they are packed in; ``None`` for the stored one."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``[rows, inputs]`` in bfloat16 to ``[rows, outputs]``, for few rows."""
+        size = self.packed.shape[1] * 2 // len(self.affine)
+        result: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(self.arranged(x), self.packed, size, self.affine)
+        return result
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """The activations in the order of the packed inputs."""
+        return x.contiguous() if self.order is None else x.index_select(1, self.order)
+
+    def columns(self, part: slice) -> Tensor:
+        """Some outputs of the weight, ``[inputs, n]`` in bfloat16; the inputs in the order that they are packed in."""
+        codes = _unpack(self.packed[part])
+        return dequantize_columns(codes, self.scales[:, part], self.zeros[:, part], self.size, torch.bfloat16)
+
+    def codes(self, part: slice) -> Tensor:
+        """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them; ``part`` starts at a multiple of
+        64."""
+        codes = _unpack(self.packed[part]).sub_(self.shift)
+        return codes if self.order is None else torch.empty_like(codes).index_copy_(0, self.order, codes)
+
+
+def fits(weight: Weight) -> bool:
+    """Whether the kernel can read a weight."""
+    grouped = _grouped(weight)
+    if weight.bits > 4 or grouped is None or weight.outputs % 16 or not weight.outputs:
+        return False
+    return any(grouped[0] % known == 0 for known in _GROUPS) and weight.inputs % grouped[0] == 0
+
+
+def make(weight: Weight) -> Int4Form:
+    """The kernel's form of a weight that fits."""
+    grouped = _grouped(weight)
+    assert grouped is not None
+    size, order = grouped
+    kernel_size = next(known for known in _GROUPS if size % known == 0)
+    shift = 8 - 2 ** (weight.bits - 1)
+    packed = torch.empty(weight.outputs, weight.inputs // 2, dtype=torch.uint8, device="cpu")
+    for part in pieces(weight.outputs, weight.inputs):
+        codes = weight.codes(part)
+        packed[part] = _pack((codes if order is None else codes.index_select(0, order)) + shift)
+    every = slice(0, weight.outputs)
+    scales, zeros = weight.scales(every).to(torch.bfloat16), weight.zeros(every) + shift
+    affine = torch.stack([scales, (8 - zeros.to(torch.bfloat16)) * scales], dim=-1)
+    affine = affine.repeat_interleave(size // kernel_size, dim=0)
+    return Int4Form(packed=packed, scales=scales, zeros=zeros, shift=shift, affine=affine, size=size, order=order)
+
+
+def _grouped(weight: Weight) -> tuple[int, Tensor | None] | None:
+    """Inputs per group, and the order that puts the inputs of a group side by side, if all groups are alike."""
+    grouping = weight.grouping()
+    if isinstance(grouping, int):
+        return max(1, min(grouping, weight.inputs)), None
+    order = torch.argsort(grouping, stable=True)
+    groups = len(weight.scales(slice(0, 1)))
+    size = max(1, weight.inputs // groups)
+    alike = torch.arange(groups).repeat_interleave(size)
+    return (size, order) if torch.equal(grouping[order], alike) else None
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """uint8 ``[inputs, n]`` to uint8 ``[n, inputs / 2]``."""
+    result: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.t().to(torch.int32).contiguous(), 1)
+    return result.view(codes.shape[1], codes.shape[0] // 2)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """What ``_pack`` undoes, of outputs from a multiple of ``_BLOCK`` on."""
+    count, inputs = packed.shape[0], packed.shape[1] * 2
+    codes = torch.empty(inputs, count, dtype=torch.uint8, device="cpu")
+    whole = count // _BLOCK * _BLOCK
+    if whole:
+        _unpack_blocks(packed[:whole].view(-1, _BLOCK * inputs // 2), codes[:, :whole].view(inputs, -1, _BLOCK))
+    if whole < count:
+        _unpack_blocks(packed[whole:].reshape(1, -1), codes[:, whole:, None].transpose(1, 2))
+    return codes
+
+
+def _unpack_blocks(packed: Tensor, codes: Tensor) -> None:
+    """``[blocks, bytes]`` into ``[inputs, blocks, outputs of a block]``."""
+    inputs, blocks, outputs = codes.shape
+    if _is_halved(outputs, inputs):
+        pairs = packed.view(blocks, inputs, outputs // 2).transpose(0, 1)
+        codes[..., : outputs // 2] = pairs & 15
+        codes[..., outputs // 2 :] = pairs >> 4
+        return
+    found = torch.empty(blocks, outputs * inputs, dtype=torch.uint8, device="cpu")
+    found[:, _places(outputs, inputs)] = torch.stack([packed & 15, packed >> 4], dim=-1).view(blocks, -1)
+    codes.copy_(found.view(blocks, outputs, inputs).permute(2, 0, 1))
+
+
+def _places(outputs: int, inputs: int) -> Tensor:
+    """Where each code of a packed block comes from, as an index into ``[outputs, inputs]``: found by packing the
+    indices themselves, 4 bits at a time, since torch's order depends on the instruction set and is written nowhere."""
+    index = torch.arange(outputs * inputs).view(outputs, inputs)
+    places = torch.zeros(outputs * inputs, dtype=torch.int64)
+    for shift in range(0, max(1, int(index[-1, -1]).bit_length()), 4):
+        digits = _pack((index >> shift & 15).to(torch.uint8).t()).reshape(-1)
+        places += torch.stack([digits & 15, digits >> 4], dim=-1).view(-1).to(torch.int64) << shift
+    return places
+
+
+@functools.lru_cache(maxsize=256)
+def _is_halved(outputs: int, inputs: int) -> bool:
+    """Whether a block's bytes go input by input, and hold an output in the low half and in the high one that half a
+    block further on; so it is with AVX512."""
+    index = torch.arange(outputs * inputs).view(2, outputs // 2, inputs)
+    return torch.equal(_places(outputs, inputs), index.permute(2, 1, 0).reshape(-1))

@@ -1,0 +1,61 @@
+"""Codes of 8 bits with one scale per output, as torch's CPU kernel reads them: made, multiplied with, turned back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantdock.linears.affine import pieces
+from quantdock.linears.weights import Weight
+
+_ZERO = 128
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Int8Form:
+    """A weight in the kernel's form."""
+
+    most_rows: ClassVar[int] = 32
+    """Of activations, for which the kernel is faster than dequantizing; measured with AVX512."""
+
+    signed: Tensor
+    """int8 ``[outputs, inputs]``: the codes less 128."""
+    scales: Tensor
+    """bfloat16 ``[outputs]``."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``[rows, inputs]`` in bfloat16 to ``[rows, outputs]``, for few rows."""
+        result: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.signed, self.scales)
+        return result
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """The activations as they are."""
+        return x
+
+    def columns(self, part: slice) -> Tensor:
+        """Some outputs of the weight, ``[inputs, n]`` in bfloat16."""
+        return self.signed[part].to(torch.bfloat16).mul_(self.scales[part, None]).t()
+
+    def codes(self, part: slice) -> Tensor:
+        """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them."""
+        return self.signed[part].view(torch.uint8).bitwise_xor(_ZERO).t()
+
+
+def fits(weight: Weight) -> bool:
+    """Whether the kernel can read a weight."""
+    every = slice(0, weight.outputs)
+    if weight.bits != 8 or not weight.inputs or not weight.outputs or len(weight.scales(every)) != 1:
+        return False
+    return bool(torch.all(weight.zeros(every) == _ZERO))
+
+
+def make(weight: Weight) -> Int8Form:
+    """The kernel's form of a weight that fits."""
+    signed = torch.empty(weight.outputs, weight.inputs, dtype=torch.int8, device="cpu")
+    for part in pieces(weight.outputs, weight.inputs):
+        signed[part] = weight.codes(part).bitwise_xor(_ZERO).view(torch.int8).t()
+    (scales,) = weight.scales(slice(0, weight.outputs))
+    return Int8Form(signed=signed, scales=scales.to(torch.bfloat16))

@@ -1,0 +1,175 @@
+"""The layer: its stored tensors on the outside, whatever is fast on the inside."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from quantdock.linears import int4, int8
+from quantdock.linears.affine import dequantize_columns, multiply_columns
+from quantdock.linears.int4 import Int4Form
+from quantdock.linears.int8 import Int8Form
+from quantdock.linears.weights import Weight, dequantize
+
+_MAKERS = {"int4pack": int4, "int8pack": int8}
+
+
+class GroupedLinear(nn.Module, ABC):
+    """A linear layer whose weight is a format's buffers.
+
+    A subclass registers the buffers, and says what they mean. Their dtypes are the format's: moving the layer to
+    another dtype changes its bias alone.
+
+    Args:
+        in_features, out_features: as of ``nn.Linear``.
+        bias: ``[out]``, or ``None``.
+        compute_dtype: what activations are cast to; ``None`` leaves them as they come.
+    """
+
+    code_buffers: ClassVar[tuple[str, ...]]
+    """The buffers that hold the codes. A kernel's form may stand in for them."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = bias
+        self.compute_dtype = compute_dtype
+        self._form: Int4Form | Int8Form | None = None
+        self._paths: dict[tuple[torch.dtype, str], str] = {}
+
+    # What a format says ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def stored_weight(self) -> Weight:
+        """The weight, read from the buffers. While a kernel's form stands in for the codes, they aren't asked for."""
+
+    @abstractmethod
+    def encode(self, codes: Callable[[slice], Tensor]) -> Mapping[str, Tensor]:
+        """The ``code_buffers``, from the codes of some outputs at a time (see ``Weight.codes``)."""
+
+    # What users see -------------------------------------------------------------------------------------------------
+
+    def path(self, dtype: torch.dtype) -> str:
+        """How activations of ``dtype`` are multiplied in evaluation: ``int4pack``, ``int8pack`` or ``columns``."""
+        device = next(self.buffers()).device.type
+        key = (self.compute_dtype or dtype, device)
+        if key not in self._paths:
+            self._paths[key] = _choose(self.stored_weight(), *key)
+        return self._paths[key]
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight in full precision, ``[out, in]``."""
+        with torch.no_grad():
+            self._restore()
+            return dequantize(self.stored_weight(), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.to(self.compute_dtype or x.dtype).reshape(-1, self.in_features)
+        form = self._form_for(rows.dtype)
+        if form is None:
+            result = multiply_columns(rows, self._columns(rows.dtype), self.out_features)
+        elif 0 < len(rows) <= form.most_rows and not (rows.requires_grad and torch.is_grad_enabled()):
+            result = form.multiply(rows)
+        else:
+            result = multiply_columns(form.arranged(rows), form.columns, self.out_features)
+        if self.bias is not None:
+            result = result + self.bias.to(result.dtype)
+        return result.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    # The kernel's form ----------------------------------------------------------------------------------------------
+
+    def _form_for(self, dtype: torch.dtype) -> Int4Form | Int8Form | None:
+        """The kernel's form for rows of ``dtype``, made if need be; ``None`` for the path ``columns``."""
+        if self.training:
+            return None
+        if self._form is not None:  # first, since what follows takes as long as the kernel does for a small layer
+            return self._form if dtype == torch.bfloat16 else None
+        maker = _MAKERS.get(self.path(dtype))
+        if maker is None:
+            return None
+        weight = self.stored_weight()  # before looking for a form: another thread may be putting one in its place
+        form: Int4Form | Int8Form | None = self._form
+        if form is None:
+            # Outside of inference mode, or what is made of it would be unfit for training later.
+            with torch.inference_mode(False), torch.no_grad():
+                form = self._form = maker.make(weight)
+            for name in self.code_buffers:
+                self._buffers[name] = None
+        return form
+
+    def _columns(self, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        weight = self.stored_weight()
+        codes = weight.codes if self._form is None else self._form.codes
+        grouping = weight.grouping()
+        return lambda part: dequantize_columns(codes(part), weight.scales(part), weight.zeros(part), grouping, dtype)
+
+    def _stored_codes(self) -> Mapping[str, Tensor]:
+        """The ``code_buffers`` while a form stands in for them, without changing the layer."""
+        if self._form is None:
+            return {}
+        with torch.inference_mode(False), torch.no_grad():
+            return self.encode(self._form.codes)
+
+    def _restore(self) -> None:
+        """Put the stored codes back in place."""
+        self._buffers.update(self._stored_codes())
+        self._form = None
+
+    # Everybody else finds the stored codes --------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        found: Any = super().__getattr__(name)
+        if found is None and name in type(self).code_buffers and self.__dict__.get("_form") is not None:
+            return self._stored_codes()[name]
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"_form": None}
+        state["_buffers"] = {**self._buffers, **self._stored_codes()}
+        return state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{name}": codes for name, codes in self._stored_codes().items()})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        self._paths.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedLinear:
+        self._restore()
+        self._paths.clear()
+        own = {id(buffer) for buffer in self._buffers.values()}
+
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in own and result.dtype != tensor.dtype else result
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def train(self, mode: bool = True) -> GroupedLinear:
+        if mode:
+            self._restore()
+        return super().train(mode)
+
+
+def _choose(weight: Weight, dtype: torch.dtype, device: str) -> str:
+    if dtype == torch.bfloat16 and device == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        return next((name for name, kernel in _MAKERS.items() if kernel.fits(weight)), "columns")
+    return "columns"

@@ -1,0 +1,54 @@
+"""What the paths need to know of a stored weight, and its definition."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantdock.linears.affine import Grouping, dequantize_columns, pieces
+
+
+class Weight(Protocol):
+    """A weight of grouped integers, however it is packed. Its methods may make new tensors for each call."""
+
+    @property
+    def bits(self) -> int:
+        """Bits per code; every code is below ``2 ** bits``."""
+
+    @property
+    def inputs(self) -> int: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    def codes(self, part: slice) -> Tensor:
+        """The codes of some outputs: uint8 ``[inputs, n]``."""
+
+    def scales(self, part: slice) -> Tensor:
+        """The scales of some outputs: floating ``[groups, n]``."""
+
+    def zeros(self, part: slice) -> Tensor:
+        """The zero points of some outputs: uint8 ``[groups, n]``."""
+
+    def grouping(self) -> Grouping:
+        """Inputs per group, or the group of each input as int64 ``[inputs]``."""
+
+
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """What a weight stands for: ``scale * (code - zero)``, rounded once to ``dtype``.
+
+    In float32, the product of a scale of 16 bits and a difference of codes is exact.
+
+    Returns:
+        ``[outputs, inputs]`` in ``dtype``, contiguous.
+    """
+    grouping, exact = weight.grouping(), torch.promote_types(dtype, torch.float32)
+    result: Tensor | None = None
+    for part in pieces(weight.outputs, weight.inputs):
+        values = dequantize_columns(weight.codes(part), weight.scales(part), weight.zeros(part), grouping, exact)
+        if result is None:
+            result = values.new_empty(weight.outputs, weight.inputs, dtype=dtype)
+        result[part] = values.t()
+    return torch.empty(weight.outputs, weight.inputs, dtype=dtype) if result is None else result

@@ -1,0 +1,265 @@
+"""Linear layers over grouped integers: every path computes the weight, and none of them leaves a trace."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from quantdock import linears
+from quantdock.testing import in_new_process
+
+FAST = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+needs_kernels = pytest.mark.skipif(not FAST, reason="torch's kernels for packed integers need AVX2")
+
+
+class Plain:
+    """A weight that isn't packed at all."""
+
+    def __init__(self, buffers: Mapping[str, Tensor | None], bits: int, size: int) -> None:
+        self.bits, self._size, self._buffers = bits, size, buffers
+        self.inputs = len(self._of("index")) if buffers["index"] is not None else size * len(self._of("scale"))
+        self.outputs = self._of("scale").shape[1]
+
+    def _of(self, name: str) -> Tensor:
+        found = self._buffers[name]
+        assert found is not None
+        return found
+
+    def codes(self, part: slice) -> Tensor:
+        return self._of("code")[:, part]
+
+    def scales(self, part: slice) -> Tensor:
+        return self._of("scale")[:, part]
+
+    def zeros(self, part: slice) -> Tensor:
+        return self._of("zero")[:, part]
+
+    def grouping(self) -> linears.Grouping:
+        return self._size if self._buffers["index"] is None else self._of("index")
+
+
+class PlainLinear(linears.GroupedLinear):
+    """The format that stores a byte per code."""
+
+    code_buffers: ClassVar[tuple[str, ...]] = ("code",)
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        inputs: int,
+        outputs: int,
+        size: int,
+        ordered: bool = True,
+        sym: bool = False,
+        bias: bool = True,
+        scale_dtype: torch.dtype = torch.float16,
+    ) -> None:
+        generator = torch.Generator().manual_seed(bits * inputs + outputs + size)
+        given = nn.Parameter(torch.randn(outputs, generator=generator)) if bias else None
+        super().__init__(inputs, outputs, bias=given)
+        self.bits, self.size = bits, size
+        groups = inputs // size
+        zero = torch.randint(0, 2**bits, (groups, outputs), generator=generator, dtype=torch.uint8)
+        scale = 0.1 * torch.rand(groups, outputs, generator=generator) + 0.01
+        index = (torch.arange(inputs) // size)[torch.randperm(inputs, generator=generator)]
+        self.register_buffer("code", torch.randint(0, 2**bits, (inputs, outputs), generator=generator).to(torch.uint8))
+        self.register_buffer("scale", scale.to(scale_dtype))
+        self.register_buffer("zero", torch.full_like(zero, 2 ** (bits - 1)) if sym else zero)
+        self.register_buffer("index", None if ordered else index)
+        self.eval()
+
+    def stored_weight(self) -> Plain:
+        return Plain(self._buffers, self.bits, self.size)
+
+    def encode(self, codes: Callable[[slice], Tensor]) -> Mapping[str, Tensor]:
+        parts = [codes(part) for part in linears.pieces(self.out_features, self.in_features)]
+        return {"code": torch.cat(parts, dim=1)}
+
+
+def exact(layer: PlainLinear) -> Tensor:
+    """The weight in float64, by the definition, ``[out, in]``."""
+    index = torch.arange(layer.in_features) // layer.size if layer.index is None else layer.index
+    return ((layer.code.double() - layer.zero.double()[index]) * layer.scale.double()[index]).t()
+
+
+LAYERS = {
+    "4 bits": (PlainLinear(bits=4, inputs=256, outputs=128, size=64), "int4pack"),
+    "4 bits, symmetric, no bias": (
+        PlainLinear(bits=4, inputs=128, outputs=64, size=32, sym=True, bias=False),
+        "int4pack",
+    ),
+    "4 bits, a tail of outputs": (PlainLinear(bits=4, inputs=128, outputs=64 + 48, size=128), "int4pack"),
+    "4 bits, fewer outputs than a block": (PlainLinear(bits=4, inputs=64, outputs=16, size=64), "int4pack"),
+    "4 bits, one large group": (PlainLinear(bits=4, inputs=768, outputs=64, size=768), "int4pack"),
+    "4 bits, groups of 96": (PlainLinear(bits=4, inputs=192, outputs=64, size=96), "int4pack"),
+    "4 bits, any order": (PlainLinear(bits=4, inputs=256, outputs=192, size=64, ordered=False), "int4pack"),
+    "4 bits, scales in bfloat16": (
+        PlainLinear(bits=4, inputs=128, outputs=64, size=64, scale_dtype=torch.bfloat16),
+        "int4pack",
+    ),
+    "3 bits": (PlainLinear(bits=3, inputs=128, outputs=64, size=64), "int4pack"),
+    "2 bits": (PlainLinear(bits=2, inputs=128, outputs=64, size=64, ordered=False), "int4pack"),
+    "4 bits, many outputs": (PlainLinear(bits=4, inputs=2048, outputs=320, size=128), "int4pack"),
+    "4 bits, small groups": (PlainLinear(bits=4, inputs=64, outputs=64, size=16), "columns"),
+    "4 bits, odd outputs": (PlainLinear(bits=4, inputs=64, outputs=17, size=64), "columns"),
+    "8 bits": (PlainLinear(bits=8, inputs=96, outputs=40, size=96, sym=True), "int8pack"),
+    "8 bits, many outputs": (PlainLinear(bits=8, inputs=2048, outputs=320, size=2048, sym=True), "int8pack"),
+    "8 bits, any order": (PlainLinear(bits=8, inputs=64, outputs=8, size=64, sym=True, ordered=False), "int8pack"),
+    "8 bits, asymmetric": (PlainLinear(bits=8, inputs=64, outputs=64, size=64), "columns"),
+    "8 bits, groups": (PlainLinear(bits=8, inputs=128, outputs=64, size=64, ordered=False), "columns"),
+}
+
+
+@pytest.fixture(params=list(LAYERS))
+def layer(request: pytest.FixtureRequest) -> PlainLinear:
+    return copy.deepcopy(LAYERS[request.param][0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_the_path_is_the_one_of_the_table(name: str) -> None:
+    layer, path = LAYERS[name]
+    assert layer.path(torch.bfloat16) == path
+    assert layer.path(torch.float16) == layer.path(torch.float32) == "columns"
+
+
+@pytest.mark.parametrize("rows", [1, 5, 32, 33, 70])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3), (torch.float32, 1e-6)])
+def test_every_path_computes_the_weight(layer: PlainLinear, rows: int, dtype: torch.dtype, bound: float) -> None:
+    x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    expected = x.double() @ exact(layer).t() + (0 if layer.bias is None else layer.bias.double())
+    for _ in range(2):  # what the first leaves behind is what the second starts with
+        found = layer(x.view(1, rows, -1))
+        assert (found.dtype, found.shape) == (dtype, (1, rows, layer.out_features))
+        assert (found[0].double() - expected).norm() <= bound * expected.norm()
+
+
+def test_the_weight_is_rounded_once(layer: PlainLinear) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        assert torch.equal(layer.dequantized(dtype), exact(layer).to(dtype))
+
+
+def test_no_rows(layer: PlainLinear) -> None:
+    found = layer(torch.empty(2, 0, layer.in_features, dtype=torch.bfloat16))
+    assert found.shape == (2, 0, layer.out_features)
+
+
+def test_compute_dtype(layer: PlainLinear) -> None:
+    x = torch.randn(3, layer.in_features)
+    expected = layer(x.bfloat16()).float()
+    layer.compute_dtype = torch.bfloat16
+    found = layer(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_are_those_of_the_weight(layer: PlainLinear, dtype: torch.dtype) -> None:
+    for training in (True, False):
+        layer.train(training)
+        x = torch.randn(3, layer.in_features).to(dtype).requires_grad_()
+        weights = torch.randn(3, layer.out_features)
+        (layer(x).float() * weights).sum().backward()
+        expected = weights.double() @ exact(layer)
+        assert x.grad is not None
+        assert (x.grad.double() - expected).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * expected.norm()
+
+
+def moved(layer: PlainLinear) -> PlainLinear:
+    return layer.to(torch.float64).to(torch.float32)
+
+
+def used(dtype: torch.dtype, rows: int) -> Callable[[PlainLinear], PlainLinear]:
+    def use(layer: PlainLinear) -> PlainLinear:
+        with torch.inference_mode():
+            layer(torch.ones(rows, layer.in_features, dtype=dtype))
+        return layer
+
+    return use
+
+
+def reloaded(layer: PlainLinear) -> PlainLinear:
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in state.items()})
+    layer(torch.ones(1, layer.in_features, dtype=torch.bfloat16))
+    layer.load_state_dict(state)
+    return layer
+
+
+ACTIONS: Mapping[str, Callable[[PlainLinear], PlainLinear]] = {
+    "use": used(torch.bfloat16, 1),
+    "use more rows": used(torch.bfloat16, 40),
+    "use in float32": used(torch.float32, 2),
+    "copy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "move": moved,
+    "train": lambda layer: layer.train(),
+    "evaluate": lambda layer: layer.eval(),
+    "reload": reloaded,
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from(list(LAYERS)), actions=st.lists(st.sampled_from(list(ACTIONS)), min_size=1, max_size=6))
+def test_stored_tensors_survive(name: str, actions: list[str]) -> None:
+    layer = copy.deepcopy(LAYERS[name][0])
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    x = torch.randn(2, layer.in_features).bfloat16()
+    with torch.no_grad():
+        expected = layer.eval()(x)
+    for action in actions:
+        layer = ACTIONS[action](layer)
+        state = layer.state_dict()
+        assert state.keys() == before.keys(), action
+        for key, tensor in before.items():
+            assert state[key].dtype == tensor.dtype, (action, key)
+            assert torch.equal(state[key], tensor), (action, key)
+        assert torch.equal(layer.code, before["code"]), action
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x), expected)
+
+
+@needs_kernels
+def test_the_codes_are_in_memory_once() -> None:
+    layer = copy.deepcopy(LAYERS["4 bits"][0])
+    layer(torch.ones(1, 256, dtype=torch.bfloat16))
+    assert "code" not in dict(layer.named_buffers())
+    layer.train()
+    assert "code" in dict(layer.named_buffers())
+
+
+_OTHER_CPU = """
+import torch
+from quantdock.linears import int4
+class Weight:
+    bits, inputs, outputs = 4, 128, 64 + 32 + 16
+    def codes(self, part): return CODES[:, part]
+    def scales(self, part): return torch.ones(1, 112)[:, part]
+    def zeros(self, part): return torch.full((1, 112), 8, dtype=torch.uint8)[:, part]
+    def grouping(self): return 128
+CODES = torch.randint(0, 16, (128, 112), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+form = int4.make(Weight())
+assert torch.equal(form.codes(slice(0, 112)), CODES)
+assert torch.equal(form.codes(slice(64, 112)), CODES[:, 64:])
+assert torch.equal(form.columns(slice(0, 112)), CODES.bfloat16() - 8)
+print(form.packed.tolist())
+"""
+
+
+def test_the_order_of_other_cpus_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch packs 4 bits in another order for each instruction set, which is documented nowhere."""
+    found = set()
+    for capability in ("default", "avx2", os.environ.get("ATEN_CPU_CAPABILITY", "avx512")):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        found.add(in_new_process("-c", _OTHER_CPU))
+    assert len(found) > 1 or not FAST

@@ -1,0 +1,1 @@
+"""8-bit floating-point weights, as a quantdock plugin."""

@@ -1,0 +1,1 @@
+"""GPTQ checkpoints and quantization, as a quantdock plugin."""

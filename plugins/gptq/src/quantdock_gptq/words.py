@@ -1,0 +1,69 @@
+"""Codes in words of 32 bits, as GPTQ stores them: a stream of bits, from the lowest bit of the first word on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """int32 ``[words, streams]`` to uint8 ``[codes, streams]``; a code may be in two words."""
+    codes, step = _period(bits)
+    result = words.new_empty(len(words) // step * codes, words.shape[1], dtype=torch.uint8)
+    for code in range(codes):
+        word, shift = divmod(code * bits, 32)
+        found = words[word::step] >> shift
+        if shift + bits > 32:
+            found = found & ((1 << 32 - shift) - 1) | words[word + 1 :: step] << 32 - shift
+        result[code::codes] = found & ((1 << bits) - 1)
+    return result
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 ``[codes, streams]`` to int32 ``[words, streams]``; the codes fill whole words."""
+    count, step = _period(bits)
+    result = codes.new_zeros(len(codes) // count * step, codes.shape[1], dtype=torch.int32)
+    for code in range(count):
+        word, shift = divmod(code * bits, 32)
+        values = codes[code::count].to(torch.int32)
+        result[word::step] |= values << shift
+        if shift + bits > 32:
+            result[word + 1 :: step] |= values >> 32 - shift
+    return result
+
+
+def decode_zeros(words: Tensor, bits: int, *, less_one: bool) -> Tensor:
+    """``qzeros``, int32 ``[groups, words]``, to uint8 ``[groups, outputs]``.
+
+    Args:
+        words: the tensor as stored.
+        bits: per zero point.
+        less_one: whether they are stored less one, as in the checkpoint format ``gptq``. One is added to the codes of
+            a word as to a single number, since they were made so: gptqmodel subtracts and adds 0x11111111 (for 4 bits)
+            and lets a zero borrow from the code above. Codes of 3 bits, which no word holds whole, wrap on their own.
+    """
+    if less_one and 32 % bits == 0:
+        words = words + _ones(bits)
+    zeros = unpack(words.t(), bits).t()
+    return (zeros + 1) & 7 if less_one and bits == 3 else zeros
+
+
+def encode_zeros(zeros: Tensor, bits: int, *, less_one: bool) -> Tensor:
+    """What ``decode_zeros`` undoes: uint8 ``[groups, outputs]`` to int32 ``[groups, words]``."""
+    if less_one and bits == 3:
+        zeros = (zeros - 1) & 7
+    words = pack(zeros.t(), bits).t()
+    return (words - _ones(bits) if less_one and 32 % bits == 0 else words).contiguous()
+
+
+def _ones(bits: int) -> int:
+    """A one for every code of a word; for 2, 4 and 8 bits it fits a signed word."""
+    return sum(1 << shift for shift in range(0, 32, bits))
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """The codes, and the words that they fill, after which the places in words repeat."""
+    common = math.gcd(32, bits)
+    return 32 // common, bits // common

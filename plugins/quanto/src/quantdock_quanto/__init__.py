@@ -1,0 +1,1 @@
+"""optimum-quanto quantization, as a quantdock plugin."""

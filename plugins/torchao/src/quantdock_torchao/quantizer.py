@@ -1,0 +1,215 @@
+"""torchao as a quantizer of quantdock: its own tensors, made parameter by parameter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from quantdock import (
+    Capabilities,
+    Layout,
+    Parameter,
+    QuantizationConfig,
+    Quantizer,
+    Slices,
+    TensorSpec,
+    UnsupportedError,
+    hookimpl,
+)
+from quantdock_torchao import tensors, upstream
+from quantdock_torchao.choice import Choice
+from quantdock_torchao.config import TorchAoConfig
+
+_WORKING = {"Int8Tensor": 8, "IntxUnpackedToInt8Tensor": 8, "Float8Tensor": 13}
+"""Bytes per element that torchao allocates on the way at the most, its result not counted; measured."""
+
+_WORKING_PER_SCALE = 32
+_PROBE = (1024, 1024 * 945)
+"""A shape that any size of a group divides."""
+
+
+class TorchAoQuantizer(Quantizer[TorchAoConfig]):
+    """Weights as torchao's tensor subclasses, in modules that stay what they are."""
+
+    config_class: ClassVar[type[QuantizationConfig]] = TorchAoConfig
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        quantize=True, load=True, dequantize=True, save=True, train=False, compile=True
+    )
+
+    def __init__(self, config: TorchAoConfig, *, prequantized: bool = False) -> None:
+        super().__init__(config, prequantized=prequantized)
+        method = config.method()
+        self._choice = Choice(method)
+        self._made: dict[tuple[object, ...], tensors.Described] = {}
+        if prequantized:
+            return
+        if config.include_input_output_embeddings or config.untie_embedding_weights:
+            raise UnsupportedError(
+                "include_input_output_embeddings and untie_embedding_weights are for checkpoints that are quantized "
+                "already; to quantize an embedding while loading, untie it with config_overrides and name it in "
+                "FqnToConfig"
+            )
+        for one in self._choice.all():
+            _require_runnable(one)
+
+    # What the core asks -------------------------------------------------------------------------------------------
+
+    def refusal(self, parameter: Parameter) -> str | None:
+        if not parameter.module:
+            return "it belongs to the model itself: torchao's files can't name it"
+        if self.prequantized:  # what is stored quantized is loaded quantized, whatever the config says
+            return None
+        if not parameter.spec.numel:
+            return "it has no elements"
+        config, reason = self._choice.of(parameter)
+        if config is None:
+            return reason
+        if len(parameter.spec.shape) < 2 or not parameter.spec.dtype.is_floating_point or parameter.is_buffer:
+            return "no matrix of floats: torchao quantizes weights"
+        skipped = next((one for one in self.config.modules_to_not_convert or () if _skips(one, parameter.name)), None)
+        return None if skipped is None else f"modules_to_not_convert={skipped!r}"
+
+    def layout(self, parameter: Parameter) -> Layout:
+        made = self._described(parameter)
+        scales = sum(spec.numel for name, spec in made.components.items() if name.endswith("_scale"))
+        per_element = _WORKING[made.kind] + _WORKING_PER_SCALE * scales / parameter.spec.numel
+        slices = None
+        if made.block[0] == 1:
+            # A slice is quantized beside its parts, and then copied to where they belong.
+            copies = -int(-(per_element + 2) // parameter.spec.dtype.itemsize)
+            slices = Slices(dim=0, working_copies=copies)
+        working = int(per_element * parameter.spec.numel)
+        return Layout(components=made.components, working_bytes=working, slices=slices)
+
+    def companions(self) -> Mapping[str, str]:
+        parts = ("qdata", "scale", "zero_point", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
+        leaves = {"weight"} | {
+            name.rpartition(".")[2] for name, text in self.metadata.items() if '"_tensor_data_names"' in text
+        }
+        return {tensors.component(leaf, part): leaf for leaf in leaves for part in parts}
+
+    def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
+        return Layout(components=self._read(parameter, found).components)
+
+    def saved_metadata(self, model: nn.Module) -> Mapping[str, str]:
+        """A description of every tensor by its name in the model, as transformers writes and expects it."""
+        # torchao can't read names without a dot.
+        result = {name: tensors.PLAIN for name in model.state_dict() if "." in name}
+        result |= {name: tensors.describe(model.get_parameter(name)) for name in self.parameters}
+        return result | {"tensor_names": json.dumps(list(result))}
+
+    # What the core calls ------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def preprocess_model(self, model: nn.Module) -> None:
+        """Nothing to swap: torchao changes the tensors inside of modules."""
+
+    @hookimpl
+    def quantize_param(self, parameter: Parameter, tensor: Tensor) -> Mapping[str, Tensor] | None:
+        if parameter.name not in self.parameters:
+            return None
+        return tensors.parts_of(parameter.leaf, self._quantized(parameter, tensor))
+
+    def quantize_slice(self, parameter: Parameter, tensor: Tensor, start: int, parts: Mapping[str, Tensor]) -> None:
+        for name, part in tensors.parts_of(parameter.leaf, self._quantized(parameter, tensor)).items():
+            parts[name][start : start + len(tensor)] = part
+
+    def install(self, model: nn.Module, parameter: Parameter, components: Mapping[str, Tensor]) -> None:
+        found = self.stored.get(parameter.name)
+        made = self._described(parameter) if found is None else self._read(parameter, found)
+        tensor = tensors.build(parameter.leaf, made.description, components)
+        module = model.get_submodule(parameter.module)
+        module.register_parameter(parameter.leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def components(self, model: nn.Module, parameter: Parameter) -> Mapping[str, Tensor]:
+        return tensors.parts_of(parameter.leaf, model.get_parameter(parameter.name))
+
+    def dequantize(self, components: Mapping[str, Tensor], parameter: Parameter) -> Tensor:
+        found = self.stored.get(parameter.name)
+        made = self._described(parameter) if found is None else self._read(parameter, found)
+        tensor: Tensor = tensors.build(parameter.leaf, made.description, components).dequantize()
+        return tensor.to(parameter.spec.dtype)
+
+    def restore_module(self, module: nn.Module, parameter: Parameter) -> nn.Module:
+        return module
+
+    # torchao ------------------------------------------------------------------------------------------------------
+
+    def _described(self, parameter: Parameter) -> tensors.Described:
+        """What a parameter becomes, found out by quantizing one without values; once for all of a shape."""
+        config, _ = self._choice.of(parameter)
+        kind = (id(config), parameter.leaf, parameter.spec, parameter.role)
+        if kind not in self._made:
+            empty = torch.empty(parameter.spec.shape, dtype=parameter.spec.dtype, device="meta")
+            try:
+                made = self._quantized(parameter, empty)
+            except Exception as error:  # torchao raises all kinds of them
+                raise UnsupportedError(
+                    f"{parameter.name}: torchao's {type(config).__name__} doesn't take {parameter.spec} ({error})"
+                ) from error
+            if type(made).__name__ not in tensors.KINDS:
+                raise UnsupportedError(
+                    f"{parameter.name}: torchao's {type(config).__name__} makes {type(made).__name__} of "
+                    f"{parameter.spec}; what can be used is {', '.join(tensors.KINDS)}"
+                )
+            self._made[kind] = tensors.described(parameter.leaf, made)
+        return self._made[kind]
+
+    def _quantized(self, parameter: Parameter, tensor: Tensor) -> Any:
+        config, _ = self._choice.of(parameter)
+        return _quantize(config, parameter.leaf, tensor, linear=parameter.role == "linear")
+
+    def _read(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> tensors.Described:
+        # transformers describes a tensor under its name in the model, which isn't always that in the file.
+        name = self.stored_as.get(parameter.name, parameter.name)
+        description = self.metadata.get(parameter.name, self.metadata.get(name))
+        if description is None:
+            raise UnsupportedError(
+                f"{parameter.name}: the metadata of the weight files doesn't describe {name!r}, so its class and block "
+                "size are unknown; torchao, transformers and quantdock write a description when they save"
+            )
+        kind = (description, parameter.leaf, parameter.spec, *sorted(found.items(), key=lambda item: item[0]))
+        if kind not in self._made:
+            self._made[kind] = tensors.read(parameter, description, found)
+        return self._made[kind]
+
+
+def _quantize(config: Any, leaf: str, tensor: Tensor, *, linear: bool) -> Any:
+    """What ``quantize_`` makes of a parameter, in a module that holds nothing else."""
+    quantization = upstream.module("torchao.quantization")
+    weight = nn.Parameter(tensor, requires_grad=False)
+    if linear:
+        holder: nn.Module = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
+        holder.register_parameter(leaf, weight)
+        quantization.quantize_(holder, config, filter_fn=lambda module, name: True)
+    else:
+        holder = nn.Module()
+        holder.register_parameter(leaf, weight)
+        quantization.quantize_(holder, quantization.FqnToConfig(OrderedDict({leaf: config})), filter_fn=None)
+    return holder.get_parameter(leaf)
+
+
+def _require_runnable(config: Any) -> None:
+    """Raise once, and not for each parameter, when this machine lacks what a config needs.
+
+    Raises:
+        UnsupportedError: torchao says what is missing.
+    """
+    empty = torch.empty(_PROBE, dtype=torch.bfloat16, device="meta")
+    try:
+        _quantize(config, "weight", empty, linear=True)
+    except (ImportError, NotImplementedError, AssertionError) as error:
+        raise UnsupportedError(f"torchao's {type(config).__name__} can't be used on this machine: {error}") from error
+    except Exception:  # noqa: BLE001, S110 - about the shape, maybe; each parameter gets its own answer
+        pass
+
+
+def _skips(entry: str, name: str) -> bool:
+    """Whether an entry of ``modules_to_not_convert`` matches a parameter, as transformers reads it."""
+    return name.endswith(entry) or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None

@@ -162,7 +162,7 @@ def test_casting_goes_in_slices(tmp_path: Path) -> None:
     values = torch.randn(4096, 2048, dtype=torch.float64)
     save_file({"weight": values}, tmp_path / "model.safetensors")
     plan = quantdock.plan(tmp_path, model=Wide, dtype="float32")
-    assert values.nbytes > 4 * SLICE
+    assert values.nbytes > 3 * SLICE
     assert plan.largest_unit_nbytes == SLICE
     model = plan.execute()
     assert torch.equal(model.weight, values.float())

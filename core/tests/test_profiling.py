@@ -388,7 +388,7 @@ class Sliced(ToyQuantizer):
 class Two(torch.nn.Module):
     def __init__(self, config: dict[str, int]) -> None:
         super().__init__()
-        self.large = torch.nn.Linear(config["width"], 4200, bias=False)
+        self.large = torch.nn.Linear(config["width"], 12600, bias=False)
         self.small = torch.nn.Linear(32, 32, bias=False)
 
 
@@ -421,7 +421,7 @@ def test_the_engine_tells_what_it_does(two: Path, tmp_path: Path, dtype: torch.d
     """Whole and in slices: the bytes of the spans are those of the file and of the parameters."""
     recorded(two, tmp_path / "page.html", width=2048, dtype=dtype)
     data = page_of(tmp_path / "page.html").data
-    count = 4200 * 2048 + 32 * 32
+    count = 12600 * 2048 + 32 * 32
     kinds = {kind["kind"]: kind for kind in data["kinds"]}
     assert kinds["quantize"]["nbytes"] == count * 2
     assert kinds["read"]["nbytes"] == count * dtype.itemsize

@@ -49,7 +49,7 @@ class Sliced(ToyQuantizer):
         parts["weight_scale"][start : start + len(tensor)] = scale
 """
 
-ROWS, COLUMNS = 4200, 2048
+ROWS, COLUMNS = 8400, 2048
 
 
 class Watching:

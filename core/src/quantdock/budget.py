@@ -36,13 +36,19 @@ class Budget:
             self.peak = max(self.peak, self.taken)
             return True
 
-    def give(self, amount: int) -> None:
-        """Give ``amount`` bytes back."""
+    def give(self, amount: int, *, wake: bool = True) -> None:
+        """Give ``amount`` bytes back.
+
+        Args:
+            amount: bytes.
+            wake: let a waiting ``take`` look whether there is enough now. Who says no calls ``wake`` in time.
+        """
         with self._changed:
             self.taken -= amount
-            self._changed.notify_all()
+            if wake:
+                self._changed.notify_all()
 
     def wake(self) -> None:
-        """Let a waiting ``take`` look at ``stopped`` again."""
+        """Let a waiting ``take`` look again: at the bytes, and at ``stopped``."""
         with self._changed:
             self._changed.notify_all()

@@ -60,13 +60,13 @@ class Budgets:
         return True
 
     def give(self, amount: InFlight, device: Device) -> None:
-        """Give back what ``take`` took."""
-        self.host.give(amount.host)
+        """Give back what ``take`` took; ``wake`` is to follow."""
+        self.host.give(amount.host, wake=False)
         if amount.device:
-            self.devices[device].give(amount.device)
+            self.devices[device].give(amount.device, wake=False)
 
     def wake(self) -> None:
-        """Let every waiting ``take`` look at ``stopped`` again."""
+        """Let a waiting ``take`` look again, whichever budget it waits for."""
         for budget in self._all():
             budget.wake()
 
@@ -98,6 +98,7 @@ class Engine:
     _done_nbytes: int = 0
     _done_parameters: int = 0
     _total: tuple[int, int] = (0, 0)
+    _tasks: queue.SimpleQueue[_Task | None] = field(default_factory=queue.SimpleQueue)
 
     def run(self, units: Sequence[Unit]) -> None:
         """Execute all units.
@@ -107,10 +108,9 @@ class Engine:
         """
         self.runner.recorder.watch(lambda: self.budgets.taken)
         self._total = (sum(unit.stored_nbytes for unit in units), sum(len(unit.targets) for unit in units))
-        tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         count = sum(1 if unit.cut is None else unit.cut.count for unit in units if unit.in_flight)
         threads = [
-            threading.Thread(target=self._work, args=(tasks,), name=f"quantdock-{index}", daemon=True)
+            threading.Thread(target=self._work, name=f"quantdock-{index}", daemon=True)
             for index in range(min(self.workers, count))
         ]
         for thread in threads:
@@ -119,14 +119,14 @@ class Engine:
         try:
             with Staging() as staging:
                 for unit in units:
-                    if not self._hand_out(unit, tasks, staging):
+                    if not self._hand_out(unit, staging):
                         break
             interrupted = False
         finally:
             if interrupted:  # Ctrl-C: stop handing out, and don't wait for daemon threads
                 self._fail(KeyboardInterrupt())
             for _ in threads:
-                tasks.put(None)
+                self._tasks.put(None)
             if not interrupted:
                 for thread in threads:
                     thread.join()
@@ -134,30 +134,30 @@ class Engine:
         if self._failure is not None:
             raise self._failure
 
-    def _hand_out(self, unit: Unit, tasks: queue.SimpleQueue[_Task | None], staging: Staging) -> bool:
+    def _hand_out(self, unit: Unit, staging: Staging) -> bool:
         """Queue the tasks of a unit as the budgets have room for them; False when the load has failed."""
         with self.runner.recorder.span("wait", unit.targets[0].parameter.name):
             if not self.budgets.take(unit.own, unit.device, self._stopped):
                 return False
         if unit.cut is not None:
-            return self._hand_out_slices(unit, unit.cut, tasks)
+            return self._hand_out_slices(unit, unit.cut)
         task = _Task(unit, partial(self._run_whole, unit), unit.own)
         if not unit.in_flight:  # mapped: there is nothing to read, and nothing for another thread to do
             self._perform(task, staging)
             return True
         for source in unit.sources:
             source.reader.will_need(source)
-        tasks.put(task)
+        self._tasks.put(task)
         return True
 
-    def _hand_out_slices(self, unit: Unit, cut: Cut, tasks: queue.SimpleQueue[_Task | None]) -> bool:
+    def _hand_out_slices(self, unit: Unit, cut: Cut) -> bool:
         sliced = SlicedUnit(unit, self.runner)
         for start, stop in cut:
             with self.runner.recorder.span("wait", unit.targets[0].parameter.name):
                 if not self.budgets.take(cut.each, unit.device, self._stopped, beside=unit.own):
                     return False
             sliced.will_need(start, stop)
-            tasks.put(_Task(unit, partial(self._run_slice, sliced, start, stop), cut.each))
+            self._tasks.put(_Task(unit, partial(self._run_slice, sliced, start, stop), cut.each))
         return True
 
     def _run_whole(self, unit: Unit, staging: Staging) -> bool:
@@ -178,9 +178,9 @@ class Engine:
             self._failure = self._failure or error
         self.budgets.wake()
 
-    def _work(self, tasks: queue.SimpleQueue[_Task | None]) -> None:
+    def _work(self) -> None:
         with worker_threads(self._callers), Staging() as staging:
-            while (task := tasks.get()) is not None:
+            while (task := self._tasks.get()) is not None:
                 self._perform(task, staging)
 
     @torch.no_grad()
@@ -192,6 +192,10 @@ class Engine:
             self._fail(error)
         finally:
             self.budgets.give(task.takes, task.unit.device)
+            # The thread that hands out work sleeps until the others are about to run out of it: if every piece woke it
+            # up, it would be in their way.
+            if self._tasks.qsize() <= self.workers:
+                self.budgets.wake()
 
     def _report(self, unit: Unit) -> None:
         if self.notify is None:

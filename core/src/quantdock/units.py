@@ -16,7 +16,7 @@ from quantdock.matching import Match
 from quantdock.placement import DISK, Placement
 from quantdock.tensors import Parameter, StoredTensor
 
-SLICE = 8 << 20
+SLICE = 16 << 20
 """Bytes copied at a time when a tensor is cast or moved into place, and quantized at a time where that can be done in
 slices."""
 

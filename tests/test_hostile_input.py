@@ -283,8 +283,8 @@ class TestConfig:
         refuses(single, "'gptqq'", "Installed", error=quantdock.UnknownMethodError)
 
     def test_a_known_method_that_is_not_installed(self, single: Path) -> None:
-        config(single, quantization_config={"quant_method": "fbgemm_fp8"})
-        refuses(single, "'fbgemm_fp8'", "pip install quantdock-fp8", error=quantdock.UnknownMethodError)
+        config(single, quantization_config={"quant_method": "awq"})
+        refuses(single, "'awq'", "pip install quantdock-awq", error=quantdock.UnknownMethodError)
 
     def test_a_quantization_config_without_a_method(self, single: Path) -> None:
         config(single, quantization_config={"bits": 4})

@@ -67,9 +67,7 @@ TOYS = {
     "sound, in slices": toy(quantizer=SLICED),
     "confuses its slices": toy(
         "slices_change_nothing",
-        quantizer=SLICED.replace(
-            'parts["weight_scale"][start : start + len(tensor)]', 'parts["weight_scale"][: len(tensor)]'
-        ),
+        quantizer=SLICED.replace("+ len(tensor)] = scale", "+ len(tensor)] = scale.roll(min(start, 1))"),
     ),
     "writes to its slices": toy(
         "slices_change_nothing", quantizer=SLICED.replace("quantize(tensor)", "quantize(tensor.clamp_(-2, 2))")

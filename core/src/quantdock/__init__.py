@@ -53,6 +53,7 @@ _HOMES = {
     "registry": ("presets", "quantizers"),
     "reporting": ("Report", "report"),
     "saving": ("dequantize", "save"),
+    "skipping": ("SkipList",),
     "source": ("Source",),
     "tensors": ("Parameter", "StoredTensor", "TensorReader", "TensorSpec"),
     "threads": ("caller_threads",),
@@ -98,6 +99,7 @@ __all__ = [
     "Routing",
     "SaveError",
     "Skeleton",
+    "SkipList",
     "Slices",
     "Source",
     "SourceError",
@@ -164,6 +166,7 @@ if TYPE_CHECKING:
     from quantdock.registry import presets, quantizers
     from quantdock.reporting import Report, report
     from quantdock.saving import dequantize, save
+    from quantdock.skipping import SkipList
     from quantdock.source import Source
     from quantdock.tensors import Parameter, StoredTensor, TensorReader, TensorSpec
     from quantdock.threads import caller_threads

@@ -10,13 +10,13 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from quantdock import Parameter, TensorSpec, UnsupportedError
+from quantdock import Parameter, SkipList, TensorSpec, UnsupportedError
 from quantdock_bnb.config import BitsAndBytesConfig
-from quantdock_bnb.quantizer import BitsAndBytesQuantizer, _SkipPattern
+from quantdock_bnb.quantizer import BitsAndBytesQuantizer
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 NESTED = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -115,21 +115,6 @@ def test_under_other_defaults_of_torch() -> None:
     assert components is not None
     assert torch.equal(components["weight"], expected)
     assert torch.equal(components["SCB"], scales)
-
-
-NAMES = st.from_regex(r"(?:(?:layer|layers|h|mlp|gate|gate_proj|fc1|lm_head|[0-9]{1,2})(?:\.|\Z)){1,5}", fullmatch=True)
-PATTERNS = st.one_of(
-    NAMES,
-    st.sampled_from(["lm_head", "layer.*", "h.1", "fc1", "mlp.gate", r"layers\.[01]", "gate|fc1", r"h\.\d+\.mlp", "."]),
-)
-
-
-@settings(deadline=None, max_examples=150)
-@given(name=NAMES, pattern=PATTERNS)
-def test_skip_list_as_in_transformers(name: str, pattern: str) -> None:
-    utils = pytest.importorskip("transformers.quantizers.quantizers_utils", reason="the reference for the matching")
-    name = name.strip(".") or "h"
-    assert _SkipPattern(pattern).matches(name) == (not utils.should_convert_module(name, [pattern]))
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -254,9 +239,9 @@ def test_what_was_left_alone_is_saved_as_such(load: Any, tools: Any) -> None:
     quantizer.parameters = {name: described[name] for name in taken}
     listed = quantizer.saved_config(described)["llm_int8_skip_modules"]
     assert listed == ["lm_head", "encoder.proj", "^up$"]  # "up" alone would name "encoder.up" too
-    again = [_SkipPattern(item) for item in listed]
+    again = SkipList(listed)
     modules = {parameter.module for parameter in described.values() if parameter.role.startswith("linear")}
-    skipped = {module for module in modules if any(pattern.matches(module) for pattern in again)}
+    skipped = {module for module in modules if again.match(module) is not None}
     assert skipped == modules - {described[name].module for name in taken}
 
 
@@ -273,8 +258,8 @@ def test_what_is_listed_matches_what_was_left_alone_and_nothing_else(modules: li
     left = data.draw(st.sets(st.sampled_from(modules)))
     quantizer = BitsAndBytesQuantizer(BitsAndBytesConfig(load_in_4bit=True))
     quantizer.parameters = {name: one for name, one in described.items() if one.module not in left}
-    listed = [_SkipPattern(item) for item in quantizer.saved_config(described)["llm_int8_skip_modules"] or ()]
-    assert {module for module in modules if any(pattern.matches(module) for pattern in listed)} == left
+    listed = SkipList(quantizer.saved_config(described)["llm_int8_skip_modules"] or ())
+    assert {module for module in modules if listed.match(module) is not None} == left
 
 
 def test_nothing_left_alone_is_not_listed(tools: Any) -> None:

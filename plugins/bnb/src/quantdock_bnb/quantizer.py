@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import bitsandbytes as bnb
@@ -18,6 +16,7 @@ from quantdock import (
     Parameter,
     QuantizationConfig,
     Quantizer,
+    SkipList,
     TensorSpec,
     UnsupportedError,
     hookimpl,
@@ -27,7 +26,6 @@ from quantdock_bnb.formats import Format
 from quantdock_bnb.fourbit_format import FourBit
 from quantdock_bnb.int8_format import EightBit
 
-_PLAIN = re.compile(r"[\w.-]+")
 _LINEAR = ("linear", "linear-transposed")
 
 
@@ -48,7 +46,7 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
             )
         self._format: Format = FourBit(config) if config.load_in_4bit else EightBit(config)
         self._layouts: dict[tuple[str, TensorSpec, str], Layout] = {}
-        self._skipped = [_SkipPattern(item) for item in config.llm_int8_skip_modules or ()]
+        self._skipped = SkipList(config.llm_int8_skip_modules or ())
 
     # What the core asks -------------------------------------------------------------------------------------------
 
@@ -64,7 +62,7 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
         if not parameter.spec.numel:
             return "it has no elements"
         if not self.prequantized:  # what is stored quantized is loaded quantized, whatever the list says
-            found = next((item.text for item in self._skipped if item.matches(parameter.module)), None)
+            found = self._skipped.match(parameter.module)
             if found is not None:
                 return f"llm_int8_skip_modules={found!r}"
         return None
@@ -87,25 +85,12 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
         tensors in all that aren't."""
         if self.prequantized:
             return self.config.to_dict()
-        left = sorted(
+        left = {
             parameter.module
             for name, parameter in parameters.items()
             if parameter.role in _LINEAR and name not in self.parameters
-        )
-        taken = _Names([parameter.module for parameter in self.parameters.values()])
-        listed = list(self.config.llm_int8_skip_modules or ())
-        plain: set[str] = set()
-        for module in left:
-            if any(item.matches(module) for item in self._skipped) or any(
-                module[start:] in plain for start in range(len(module))
-            ):
-                continue
-            # A plain name also stands for every name that ends in it; anchored, it stands for itself.
-            if not _PLAIN.fullmatch(module) or taken.has_like(module):
-                listed.append(f"^{re.escape(module)}$")
-            else:
-                listed.append(module)
-                plain.add(module)
+        }
+        listed = self._skipped.extended(left, [parameter.module for parameter in self.parameters.values()])
         skip = tuple(listed) if listed else None
         return dataclasses.replace(self.config, llm_int8_skip_modules=skip).to_dict()
 
@@ -194,44 +179,3 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
 def _oriented(parameter: Parameter, tensor: Tensor) -> Tensor:
     """``[in, out]`` to ``[out, in]`` and back; bitsandbytes stores the latter."""
     return tensor.t() if parameter.role == "linear-transposed" else tensor
-
-
-class _Names:
-    """Names of modules, asked for those that an entry of ``llm_int8_skip_modules`` would match if it were a name."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._backwards = sorted(name[::-1] for name in self._names)
-        self._starts: dict[tuple[int, ...], set[str]] = {}
-
-    def has_like(self, entry: str) -> bool:
-        """Whether one ends in ``entry``, or starts with it up to the end of a dotted part; a dot in an entry matches
-        any character. Names are sorted once and starts are collected once for all entries with dots in the same places,
-        so that the time doesn't grow with the number of entries times that of names."""
-        found = bisect_left(self._backwards, entry[::-1])
-        if found < len(self._backwards) and self._backwards[found].startswith(entry[::-1]):
-            return True
-        cuts = (*(place for place, letter in enumerate(entry) if letter == "."), len(entry))
-        if cuts not in self._starts:
-            end = len(entry)
-            whole = (name for name in self._names if len(name) == end or "." in name[end - 1 : end + 1])
-            self._starts[cuts] = {_between(name[:end], cuts) for name in whole if len(name) >= end}
-        return _between(entry, cuts) in self._starts[cuts]
-
-
-def _between(name: str, cuts: tuple[int, ...]) -> str:
-    """``name`` with the characters at ``cuts`` made dots."""
-    starts = (0, *(cut + 1 for cut in cuts))
-    return ".".join(name[start:end] for start, end in zip(starts, cuts, strict=False))
-
-
-class _SkipPattern:
-    """One entry of ``llm_int8_skip_modules``, matched as transformers does: a regular expression for the start of a
-    module's name, up to the end of one of its dotted parts; or the end of the name, letter by letter."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self._start = re.compile(rf"(?:{text})(?:(?<=\.)|(?=\.|$))")
-
-    def matches(self, module: str) -> bool:
-        return self._start.match(module) is not None or module.endswith(self.text)

@@ -15,6 +15,7 @@ from quantdock import (
     Parameter,
     QuantizationConfig,
     Quantizer,
+    SkipList,
     Slices,
     TensorSpec,
     UnsupportedError,
@@ -24,7 +25,6 @@ from quantdock import (
 from quantdock_fp8 import codes
 from quantdock_fp8.config import FbgemmFp8Config, FloatConfig, Fp8Config, ModelOptConfig, Mxfp8Config
 from quantdock_fp8.linear import Fp8Linear
-from quantdock_fp8.names import SkipList, listed
 from quantdock_fp8.scheme import EXTRA_NAMES, SCALE_NAMES, Block, as_grid, scale_of
 
 _DEVICES = ("cpu", "cuda", "xpu")
@@ -85,7 +85,7 @@ class FloatQuantizer(Quantizer[ConfigT]):
                 if parameter.role in _LINEAR and name not in self.parameters
             }
             taken = [parameter.module for parameter in self.parameters.values()]
-            config["modules_to_not_convert"] = listed(self.config.skipped, left, taken)
+            config["modules_to_not_convert"] = self._skipped.extended(left, taken)
         return config
 
     def check_device(self, device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from quantdock import (
     Parameter,
     QuantizationConfig,
     Quantizer,
+    SkipList,
     Slices,
     TensorSpec,
     UnsupportedError,
@@ -47,6 +47,7 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
 
     def __init__(self, config: QuantoConfig, *, prequantized: bool = False) -> None:
         super().__init__(config, prequantized=prequantized)
+        self._skipped = SkipList(config.modules_to_not_convert or ())
         if config.activations is not None:
             raise UnsupportedError(
                 f"activations={config.activations!r}: quanto quantizes activations after calibrating a model with "
@@ -71,7 +72,7 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
             return "it has no elements"
         if self.prequantized:  # what is stored quantized is loaded quantized, whatever the list says
             return None
-        skipped = next((one for one in self.config.modules_to_not_convert or () if _skips(one, parameter.module)), None)
+        skipped = self._skipped.match(parameter.module)
         return None if skipped is None else f"modules_to_not_convert={skipped!r}"
 
     def layout(self, parameter: Parameter) -> Layout:
@@ -185,8 +186,3 @@ def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, copied if it lies in a mapped file where torch's kernel for it, ``_weight_int8pack_mm``, can't read:
     it crashes on codes that don't start at a multiple of 16 bytes."""
     return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT else tensor
-
-
-def _skips(entry: str, module: str) -> bool:
-    """Whether an entry of ``modules_to_not_convert`` matches a module, as transformers reads it."""
-    return module.endswith(entry) or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) is not None

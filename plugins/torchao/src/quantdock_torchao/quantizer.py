@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from quantdock import (
     Parameter,
     QuantizationConfig,
     Quantizer,
+    SkipList,
     Slices,
     TensorSpec,
     UnsupportedError,
@@ -44,6 +44,7 @@ class TorchAoQuantizer(Quantizer[TorchAoConfig]):
 
     def __init__(self, config: TorchAoConfig, *, prequantized: bool = False) -> None:
         super().__init__(config, prequantized=prequantized)
+        self._skipped = SkipList(config.modules_to_not_convert or ())
         method = config.method()
         self._choice = Choice(method)
         self._made: dict[tuple[object, ...], tensors.Described] = {}
@@ -72,7 +73,7 @@ class TorchAoQuantizer(Quantizer[TorchAoConfig]):
             return reason
         if len(parameter.spec.shape) < 2 or not parameter.spec.dtype.is_floating_point or parameter.is_buffer:
             return "no matrix of floats: torchao quantizes weights"
-        skipped = next((one for one in self.config.modules_to_not_convert or () if _skips(one, parameter.name)), None)
+        skipped = self._skipped.match(parameter.name)
         return None if skipped is None else f"modules_to_not_convert={skipped!r}"
 
     def layout(self, parameter: Parameter) -> Layout:
@@ -208,8 +209,3 @@ def _require_runnable(config: Any) -> None:
         raise UnsupportedError(f"torchao's {type(config).__name__} can't be used on this machine: {error}") from error
     except Exception:  # noqa: BLE001, S110 - about the shape, maybe; each parameter gets its own answer
         pass
-
-
-def _skips(entry: str, name: str) -> bool:
-    """Whether an entry of ``modules_to_not_convert`` matches a parameter, as transformers reads it."""
-    return name.endswith(entry) or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None

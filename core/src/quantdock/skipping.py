@@ -1,4 +1,7 @@
-"""``modules_to_not_convert``: what its entries match, and how to write the modules that were left alone."""
+"""Skip lists in checkpoints (``modules_to_not_convert`` and the like): what their entries match, and how to write them.
+
+The user's own ``skip=`` is another thing: shell-style patterns, see ``patterns``.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,23 @@ class SkipList:
                 return entry
         return None
 
+    def extended(self, left: Iterable[str], taken: Iterable[str]) -> list[str]:
+        """The entries with more of them, so that they match every module of ``left``, and none of ``taken`` that they
+        didn't match before.
 
-def listed(entries: Sequence[str], left: Iterable[str], taken: Iterable[str]) -> list[str]:
-    """``entries`` with more of them, so that they match every module of ``left``, and none of ``taken`` that they
-    didn't match before.
-
-    A name is written as it is, which vLLM understands too, unless it would match one of ``taken``; it is anchored
-    then.
-    """
-    given, names = SkipList(entries), _Names(taken)
-    result, plain = list(entries), set[str]()
-    for module in sorted(left):
-        if given.match(module) is not None or any(module[start:] in plain for start in range(len(module))):
-            continue
-        if _PLAIN.fullmatch(module) and not names.has_like(module):
-            result.append(module)
-            plain.add(module)
-        else:
-            result.append(f"^{re.escape(module)}$")
-    return result
+        A name is written as it is, which other readers understand too, unless it would match one of ``taken``; it is
+        anchored then.
+        """
+        names, result, plain = _Names(taken), list(self.entries), set[str]()
+        for module in sorted(left):
+            if self.match(module) is not None or any(module[start:] in plain for start in range(len(module))):
+                continue
+            if _PLAIN.fullmatch(module) and not names.has_like(module):
+                result.append(module)
+                plain.add(module)
+            else:
+                result.append(f"^{re.escape(module)}$")
+        return result
 
 
 class _Names:

@@ -26,9 +26,10 @@ from quantdock.options import LoadOptions
 from quantdock.placement import DISK, Placement
 from quantdock.preparing import own_buffers, resident_nbytes
 from quantdock.profiling import current
+from quantdock.profiling.sampler import peak_resident
 from quantdock.progress import progress_of
 from quantdock.registry import MIXED, Selection
-from quantdock.reporting import Record, Report, attach, cache_line, measured_nbytes, peak_resident
+from quantdock.reporting import Record, Report, attach, cache_line, measured_nbytes
 from quantdock.running import Runner
 from quantdock.source import Source
 from quantdock.stopwatch import Stopwatch

@@ -172,14 +172,3 @@ def _held(item: object) -> list[object]:
 
 
 _LIBRARIES = frozenset({"builtins", "torch", "re", "functools", "collections", "logging", "pathlib", "threading"})
-
-
-def peak_resident() -> int:
-    """Peak resident bytes of this process so far; 0 where the platform doesn't tell."""
-    try:
-        import resource
-        import sys
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

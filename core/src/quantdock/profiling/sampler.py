@@ -43,12 +43,19 @@ def linux_probe() -> tuple[int, int]:
     return (resident - shared) * _PAGE, shared * _PAGE
 
 
+def peak_resident() -> int:
+    """Peak resident bytes of this process so far; 0 where the platform doesn't tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def peak_probe() -> tuple[int, int]:
     """The peak of resident memory so far, for want of the present value."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak if sys.platform == "darwin" else peak * 1024), 0
+    return peak_resident(), 0
 
 
 _LINUX = sys.platform == "linux"

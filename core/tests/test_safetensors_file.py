@@ -282,11 +282,11 @@ def test_a_cold_file_is_read_ahead(tmp_path: Path) -> None:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         size = path.stat().st_size
-        if pagecache._is_cached(file.fileno(), 0, size):
+        if pagecache.is_cached(file.fileno(), 0, size):
             pytest.skip("the files of this system can't be taken out of the page cache")
         pagecache.prefetch(path, 0, size)
         deadline = time.monotonic() + 60
-        while not pagecache._is_cached(file.fileno(), 0, size):
+        while not pagecache.is_cached(file.fileno(), 0, size):
             assert time.monotonic() < deadline, "nothing was read ahead"
             time.sleep(0.01)
 

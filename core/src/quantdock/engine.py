@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from quantdock.budget import Budget
+from quantdock.populating import populate_in_background
 from quantdock.progress import Notify, Progress
 from quantdock.running import Runner
 from quantdock.slicing import SlicedUnit
@@ -107,6 +108,7 @@ class Engine:
             LoadError: a unit failed; names file, stored tensors, parameter and plugin.
         """
         self.runner.recorder.watch(lambda: self.budgets.taken)
+        populate_in_background(units)
         self._total = (sum(unit.stored_nbytes for unit in units), sum(len(unit.targets) for unit in units))
         count = sum(1 if unit.cut is None else unit.cut.count for unit in units if unit.in_flight)
         threads = [

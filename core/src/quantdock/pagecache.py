@@ -18,6 +18,8 @@ _PIECE = 128 * 1024
 _PROBED = 1 << 20
 """Bytes between the places at which a range is probed."""
 _HUGE_PAGE = 2 << 20
+_FAULT_AROUND = 64 * 1024
+"""Bytes around a missing page that Linux maps along with it, unless it was told otherwise."""
 _MAP_FIXED = 0x10
 _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python since 3.12
 
@@ -93,6 +95,22 @@ def release(tensor: torch.Tensor) -> None:
     drop(*_extent(tensor))
 
 
+def populate(mapped: memoryview, start: int, stop: int) -> None:
+    """Enter a range of a mapped file into this process's page tables, without the interpreter lock.
+
+    A page that is only mapped costs its reader a trip into the kernel: for every gigabyte, a thread that wants to
+    compute loses 30 to 50 ms. One read out of every ``_FAULT_AROUND`` bytes is enough, because the kernel enters the
+    cached neighbours of the page that is asked for along with it (its ``fault_around_bytes``); that is a good third
+    faster than ``MADV_POPULATE_READ``.
+
+    Args:
+        mapped: from ``map_private``.
+        start: first byte.
+        stop: the one after the last.
+    """
+    torch.frombuffer(mapped, dtype=torch.uint8, count=stop - start, offset=start)[::_FAULT_AROUND].amax()
+
+
 def read_ahead(tensor: torch.Tensor) -> None:
     """Start reading the pages under a view of a mapped file, as ``prefetch`` does with a range of a file."""
     if not _LINUX:
@@ -133,22 +151,29 @@ def prefetch(file: int | str | Path, offset: int, nbytes: int) -> None:
             finally:
                 os.close(descriptor)
             return
-        if _is_cached(file, offset, nbytes):
+        if is_cached(file, offset, nbytes):
             return
         for piece in range(offset, offset + nbytes, _PIECE):
             os.posix_fadvise(file, piece, min(_PIECE, offset + nbytes - piece), os.POSIX_FADV_WILLNEED)
 
 
-def _is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
+def is_cached(descriptor: int, offset: int, nbytes: int, *, places: int | None = None) -> bool:
     """Whether a few bytes of a range, spread over it, can be had without waiting.
 
     Asking for the whole of a file that is in the page cache would take a good part of the time of reading it.
+
+    Args:
+        descriptor: the file, open for reading.
+        offset: first byte.
+        nbytes: length in bytes.
+        places: how many bytes to look at, the last not counted; one in every MiB if not given.
     """
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     byte = [bytearray(1)]
-    places = {*range(offset, offset + nbytes, _PROBED), offset + nbytes - 1}
+    step = _PROBED if places is None else max(1, nbytes // places)
+    probed = {*range(offset, offset + nbytes, step), offset + nbytes - 1}
     try:
-        return all(os.preadv(descriptor, byte, place, os.RWF_NOWAIT) == 1 for place in places)
+        return all(os.preadv(descriptor, byte, place, os.RWF_NOWAIT) == 1 for place in probed)
     except BlockingIOError:
         return False

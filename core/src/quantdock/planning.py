@@ -31,9 +31,11 @@ from quantdock.progress import progress_of
 from quantdock.registry import MIXED, Selection
 from quantdock.reporting import Record, Report, attach, cache_line, measured_nbytes
 from quantdock.running import Runner
+from quantdock.slots import walk
 from quantdock.source import Source
 from quantdock.stopwatch import Stopwatch
 from quantdock.tables import format_bytes, grouped, groups_table
+from quantdock.tensors import qualified
 from quantdock.units import Unit
 
 
@@ -71,7 +73,7 @@ class Plan:
     @cached_property
     def buffer_nbytes(self) -> int:
         """Bytes of the buffers that no checkpoint stores."""
-        return sum(own_buffers(self.skeleton.model, self.match, self.selection).values())
+        return sum(own_buffers(self.skeleton.model, self.match).values())
 
     @property
     def largest_unit_nbytes(self) -> int:
@@ -224,11 +226,13 @@ class Plan:
 
     def _check_complete(self) -> None:
         """Invariant 1, looked at in the model itself."""
-        model = self.skeleton.model
         empty = [
             name
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-            if tensor.is_meta and self.placement.device_of(name) != DISK
+            for path, module in walk(self.skeleton.model)
+            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]
+            if tensor is not None and tensor.is_meta
+            for name in [qualified(path, leaf)]
+            if self.placement.device_of(name) != DISK
         ]
         if empty:
             raise PluginError(

@@ -86,7 +86,7 @@ def resolve_placement(skeleton: Skeleton, match: Match, selection: Selection, op
         PlacementError, UnsupportedError: they don't exist, or a method doesn't run on one.
     """
     sizes = {name: resident_nbytes(match, name) for name in match.parameters}
-    sizes |= own_buffers(skeleton.model, match, selection)
+    sizes |= own_buffers(skeleton.model, match)
     preferred = next((d for c in selection if (d := c.quantizer.preferred_device()) is not None), None)
     placement = place(skeleton.model, sizes, match.tied, skeleton.architecture.no_split_modules(), options, preferred)
     for chosen in selection:
@@ -109,13 +109,14 @@ def resident_nbytes(match: Match, name: str) -> int:
     return match.parameters[name].spec.nbytes if layout is None else layout.nbytes
 
 
-def own_buffers(model: torch.nn.Module, match: Match, selection: Selection) -> dict[str, int]:
+def own_buffers(model: torch.nn.Module, match: Match) -> dict[str, int]:
     """Buffers that no checkpoint stores, which the model computes for itself: name -> bytes."""
     own = {id(buffer): (name, buffer) for name, buffer in reversed(buffers(model).items())}  # each by its first name
     if not own:
         return {}
     stored = set(match.parameters)  # and the components of quantized ones, where modules have them as buffers
-    for chosen in selection:
-        for parameter in chosen.quantizer.parameters.values():
-            stored.update(chosen.quantizer.stored_names(parameter).values())
+    for name, decision in match.decisions.items():
+        if decision.layout is not None:
+            path = match.parameters[name].module
+            stored.update(qualified(path, component) for component in decision.layout.components)
     return {name: buffer.nbytes for name, buffer in reversed(own.values()) if name not in stored}

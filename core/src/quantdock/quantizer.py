@@ -303,7 +303,3 @@ class Quantizer(ABC, Generic[ConfigT]):
         """The layout in force for ``parameter`` in this load: the stored one if it was stored quantized."""
         found = self.stored.get(parameter.name)
         return self.layout(parameter) if found is None else self.stored_layout(parameter, found)
-
-    def stored_names(self, parameter: Parameter) -> dict[str, str]:
-        """Component -> the name it has in a state dict."""
-        return {name: qualified(parameter.module, name) for name in self.layout_of(parameter).components}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,8 @@ class Report:
     cache: Mapping[str, str]
     """What the result cache did: ``state`` (``off``, ``unused``, ``hit``, ``made`` or ``failed``), which ``entry`` it
     used or made, and the ``reason`` if it did neither."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """What was calibrated with how many samples and tokens, and the bytes that were kept of them; empty for nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; parameters are grouped."""
@@ -81,6 +84,7 @@ class Report:
             ("operations", self.operations),
             ("cache", cache_line(self.cache)),
         ]
+        facts += [("calibration", f"{name} {value}") for name, value in self.calibration.items()]
         facts += [(f"covered by {m or 'none'}", f"{amount / stored:.1%}") for m, amount in ledger.coverage.items()]
         facts += [("full precision", f"{format_bytes(n)}: {reason}") for reason, n in ledger.unquantized.items()]
         facts += [("ignored", f"{name}: {reason}") for name, reason in ledger.ignored.items()]
@@ -142,33 +146,60 @@ def measured_nbytes(model: torch.nn.Module) -> int:
     seen: set[int] = set()
     counted: set[tuple[int, int]] = set()
     total = 0
+    ways: dict[type, Callable[[Any], Iterable[object]]] = {}
     pending: list[object] = [model]
     while pending:
         item = pending.pop()
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor):
+        kind = type(item)
+        look = ways.get(kind) or ways.setdefault(kind, _way_into(kind))
+        if look is _in_tensor:
+            assert isinstance(item, torch.Tensor)
             key = (item.data_ptr(), item.nbytes)
             # A tensor that wraps others has no memory of its own; theirs is found among its attributes.
-            if not item.is_meta and key not in counted and not hasattr(item, "__tensor_flatten__"):
+            if key not in counted and not item.is_meta and not hasattr(item, "__tensor_flatten__"):
                 counted.add(key)
                 total += item.nbytes
-        pending += _held(item)
+        # Of the 10,000 objects in a model of 16 blocks, 6,000 are plain values and 3,000 hooks' dicts without a hook.
+        pending += [held for held in look(item) if type(held) not in _PLAIN and (type(held) is not OrderedDict or held)]
     return total
 
 
-def _held(item: object) -> list[object]:
-    if isinstance(item, torch.nn.Module):
-        state = {key: value for key, value in vars(item).items() if key != _ATTRIBUTE}
-        return list(state.values())
-    if isinstance(item, dict):  # not any mapping: accelerate's read a file for every value
-        return list(item.values())
-    if isinstance(item, list | tuple):
-        return list(item)
-    if isinstance(item, torch.Tensor) or type(item).__module__.partition(".")[0] not in _LIBRARIES:
-        return list(getattr(item, "__dict__", {}).values()) if not isinstance(item, type) and not callable(item) else []
-    return []
+def _way_into(kind: type) -> Callable[[Any], Iterable[object]]:
+    """What gives the objects that one of type ``kind`` holds."""
+    if issubclass(kind, torch.Tensor):
+        return _in_tensor
+    if issubclass(kind, torch.nn.Module):
+        return _in_module
+    if issubclass(kind, dict):  # not any mapping: accelerate's read a file for every value
+        return kind.values
+    if issubclass(kind, list | tuple):
+        return iter
+    callable_ = any("__call__" in base.__dict__ for base in kind.__mro__)  # hasattr would find type's own
+    if kind.__module__.partition(".")[0] in _LIBRARIES or issubclass(kind, type) or callable_:
+        return _in_nothing
+    return _in_object
 
+
+def _in_object(item: Any) -> Iterable[object]:
+    return getattr(item, "__dict__", {}).values()
+
+
+def _in_tensor(item: torch.Tensor) -> Iterable[object]:
+    return item.__dict__.values()
+
+
+def _in_module(item: torch.nn.Module) -> Iterable[object]:
+    return [value for key, value in item.__dict__.items() if key != _ATTRIBUTE]
+
+
+def _in_nothing(item: object) -> Iterable[object]:
+    return ()
+
+
+_PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+"""Types that nearly every attribute has, and that hold nothing."""
 
 _LIBRARIES = frozenset({"builtins", "torch", "re", "functools", "collections", "logging", "pathlib", "threading"})

@@ -17,6 +17,7 @@ from quantdock.pagecache import release
 from quantdock.placement import DISK
 from quantdock.profiling import Recorder, current
 from quantdock.quantizer import Quantizer
+from quantdock.slots import submodule
 from quantdock.staging import Staging
 from quantdock.tensors import Parameter, StoredTensor, TensorSpec
 from quantdock.units import Target, Unit
@@ -193,7 +194,7 @@ def _listed(specs: Mapping[str, TensorSpec]) -> str:
 
 def install_plain(model: torch.nn.Module, parameter: Parameter, tensor: torch.Tensor) -> None:
     """Put a full-precision tensor into its slot."""
-    module = model.get_submodule(parameter.module)
+    module = submodule(model, parameter.module)
     if parameter.leaf in module._buffers:
         module._buffers[parameter.leaf] = tensor
     else:

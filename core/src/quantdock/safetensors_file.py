@@ -32,6 +32,8 @@ MAX_HEADER_NBYTES = 100_000_000
 """The longest header that is parsed, the same as upstream's; bounds the memory that a hostile file can take."""
 
 _MAX_NBYTES = 2**63 - 1
+_PROBES = 16
+"""Places of a range that are looked at for whether the page cache has it."""
 _METADATA = "__metadata__"
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _INTEGERS = {int}
@@ -333,13 +335,13 @@ class SafetensorsReader(TensorReader):
         Raises:
             CheckpointError: the file is gone, can't be mapped, or isn't the one whose header was read.
         """
-        spec = tensor.spec
-        assert tensor.file == self._file, "a tensor of this file"
-        assert tensor.offset + spec.nbytes <= self._stamp[0], "a tensor inside the file"
-        if not spec.nbytes:
+        spec, count = tensor.spec, tensor.spec.numel
+        assert tensor.file is self._file or tensor.file == self._file, "a tensor of this file"
+        assert tensor.offset + count * spec.dtype.itemsize <= self._stamp[0], "a tensor inside the file"
+        if not count:
             return torch.empty(spec.shape, dtype=spec.dtype)
         if self._aligned:
-            flat = torch.frombuffer(self._mapped(), dtype=spec.dtype, count=spec.numel, offset=tensor.offset)
+            flat = torch.frombuffer(self._map or self._mapped(), dtype=spec.dtype, count=count, offset=tensor.offset)
         else:
             flat = self._copied(tensor).view(spec.dtype)
         return flat.view(spec.shape)
@@ -347,6 +349,13 @@ class SafetensorsReader(TensorReader):
     def will_need(self, tensor: StoredTensor, start: int = 0, nbytes: int | None = None) -> None:
         left = tensor.stored_nbytes - start
         pagecache.prefetch(self._file, tensor.offset + start, left if nbytes is None else min(left, nbytes))
+
+    def populator(self, start: int, stop: int) -> Callable[[], None] | None:
+        if not self._aligned or stop <= start:
+            return None
+        with self._opened() as file:
+            cached = pagecache.is_cached(file.fileno(), start, stop - start, places=_PROBES)
+        return functools.partial(pagecache.populate, self._mapped(), start, stop) if cached else None
 
     def close(self) -> None:
         """Let go of the map; it lasts as long as a tensor that was read from it. Reading again makes a new one."""

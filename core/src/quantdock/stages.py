@@ -13,12 +13,19 @@ from quantdock.errors import PluginError
 from quantdock.registry import Selection
 
 
+class _Manager(pluggy.PluginManager):
+    """Pluggy looks at every attribute of a plugin for hooks; half of them are Python's own, which can't be any."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+
+
 def stage_manager(catalog: Catalog, extra: Sequence[object]) -> pluggy.PluginManager:
     """Hookspecs, core's defaults, the stage plugins that the policy allows, and the user's own plugin objects.
 
     A stage plugin that can't be imported breaks only loads that need it: it is left out, logged and reported.
     """
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager = _Manager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(CoreDefaults(), name="quantdock")
     for offer in catalog.stages():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -67,6 +68,17 @@ class TensorReader(ABC):
             start: byte of its values that it begins with.
             nbytes: how many; ``None`` for all that follow.
         """
+
+    def populator(self, start: int, stop: int) -> Callable[[], None] | None:
+        """What makes the first use of bytes ``start`` to ``stop`` of the file cheap, which stay mapped in the model.
+
+        Called in a thread of its own, which nobody waits for. ``None`` where there is no such thing, or where it would
+        have to wait for a disk.
+
+        Raises:
+            CheckpointError: the file is gone or has changed.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:

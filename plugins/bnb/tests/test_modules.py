@@ -263,3 +263,31 @@ def test_instances_of_bitsandbytes_layers(load: Any) -> None:
             else:
                 assert found == value, (name, attribute)
         assert not mine.weight.requires_grad
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_twin_is_a_layer_of_its_own(bias: bool) -> None:
+    """What ``twin`` gives is what the constructor gives, and shares nothing with its model."""
+
+    def made() -> Linear4bit:
+        return Linear4bit(64, 32, bias, torch.bfloat16, quant_type="nf4", device="meta")
+
+    original, twin = made(), made().twin()
+    assert original.__dict__.keys() == twin.__dict__.keys()
+    for key, value in original.__dict__.items():
+        if key not in ("_parameters", "_buffers", "_modules"):
+            assert twin.__dict__[key] == value, key
+    for name, parameter in original.named_parameters():
+        other = twin.get_parameter(name)
+        assert (type(parameter), parameter.shape, parameter.dtype) == (type(other), other.shape, other.dtype)
+        assert (parameter.requires_grad, parameter.is_meta) == (other.requires_grad, other.is_meta)
+        skipped = {"module"}
+        assert {k: v for k, v in vars(parameter).items() if k not in skipped} == {
+            k: v for k, v in vars(other).items() if k not in skipped
+        }
+    assert twin.weight.module is twin
+    again = twin.twin()
+    twin.register_forward_hook(lambda *_: None)
+    twin.weight = original.weight
+    assert not again._forward_hooks
+    assert again.weight is not original.weight

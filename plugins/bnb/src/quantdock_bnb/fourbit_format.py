@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -148,6 +149,10 @@ class FourBit(Format):
         return fourbit.dequantize(components[parameter.leaf], states.read_state(parameter, components))
 
     def new_module(self, out_features: int, in_features: int, *, bias: bool) -> nn.Module:
+        return self._template(out_features, in_features, bias=bias).twin()
+
+    @functools.cache  # noqa: B019 - lives as long as the quantizer
+    def _template(self, out_features: int, in_features: int, *, bias: bool) -> Linear4bit:
         module = Linear4bit(
             in_features,
             out_features,

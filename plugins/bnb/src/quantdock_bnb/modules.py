@@ -7,6 +7,7 @@ another layout and precision, the bias into the input's dtype) and save what the
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,30 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes is An
         """Nothing, on the meta device: drawing no numbers takes as long as all the rest of making a layer."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def twin(self) -> Linear4bit:
+        """Another layer like this one, which must be empty and on the meta device.
+
+        The constructor sets the same twenty attributes anew each time, which makes up a fifth of the time in which a
+        checkpoint that is stored in 4 bits is loaded.
+        """
+        new = type(self).__new__(type(self))
+        containers = (dict, OrderedDict, set)
+        new.__dict__.update(
+            {key: value.copy() if type(value) in containers else value for key, value in self.__dict__.items()}
+        )
+        weight, bias = self.weight, self.bias
+        new._parameters["weight"] = bnb.nn.Params4bit(
+            weight.data,
+            requires_grad=False,
+            blocksize=weight.blocksize,
+            compress_statistics=weight.compress_statistics,
+            quant_type=weight.quant_type,
+            quant_storage=weight.quant_storage,
+            module=new,
+        )
+        new._parameters["bias"] = None if bias is None else nn.Parameter(bias.data, requires_grad=bias.requires_grad)
+        return new
 
     def stored(self) -> tuple[Tensor, QuantState | None]:
         """The weight's data and state as they are stored, without changing the layer."""

@@ -45,7 +45,8 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
                 "quantization_config out of its config.json, and pass quantize= to quantize it while loading"
             )
         self._format: Format = FourBit(config) if config.load_in_4bit else EightBit(config)
-        self._layouts: dict[tuple[str, TensorSpec, str], Layout] = {}
+        # One for all layers of a shape: of a parameter's name, only the leaf is in its layout.
+        self._layouts: dict[tuple[object, ...], Layout] = {}
         self._skipped = SkipList(config.llm_int8_skip_modules or ())
 
     # What the core asks -------------------------------------------------------------------------------------------
@@ -68,14 +69,16 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
         return None
 
     def layout(self, parameter: Parameter) -> Layout:
-        # One for all layers of a shape: of a parameter's name, only the leaf is in it.
         kind = (parameter.leaf, parameter.spec, parameter.role)
         if kind not in self._layouts:
             self._layouts[kind] = self._format.layout(parameter)
         return self._layouts[kind]
 
     def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
-        return self._format.stored_layout(parameter, found)
+        kind = (parameter.leaf, parameter.spec, parameter.role, *found.items())
+        if kind not in self._layouts:
+            self._layouts[kind] = self._format.stored_layout(parameter, found)
+        return self._layouts[kind]
 
     def companions(self) -> Mapping[str, str]:
         return dict.fromkeys(self._format.companions(), "weight")
@@ -115,18 +118,21 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
 
     @hookimpl
     def preprocess_model(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
         swapped: dict[nn.Module, nn.Module] = {}
         for parameter in self.parameters.values():
-            old = model.get_submodule(parameter.module)
+            old = modules[parameter.module]
             if old not in swapped:
                 swapped[old] = self._swap(old, parameter)
-        for parent in model.modules():
+        for parent in modules.values():
             for name, child in parent._modules.items():
                 if child in swapped:
                     parent._modules[name] = swapped[child]
 
     def _swap(self, old: nn.Module, parameter: Parameter) -> nn.Module:
-        out_features, in_features = _oriented(parameter, old.get_parameter(parameter.leaf)).shape
+        weight = old._parameters[parameter.leaf]
+        assert weight is not None, "it is one of the model's parameters"
+        out_features, in_features = _oriented(parameter, weight).shape
         bias = old._parameters["bias"]
         new = self._format.new_module(out_features, in_features, bias=bias is not None)
         if bias is not None:
@@ -134,8 +140,9 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
             old.bias = nn.Parameter(torch.empty_like(bias), requires_grad=bias.requires_grad)
         new.source_cls = type(old)  # type: ignore[assignment]  # transformers' name for it
         new.__dict__["_original"] = old  # on the meta device for good; past nn.Module, which would list it as a child
-        new.requires_grad_(False)
-        return new.train(old.training)
+        _freeze(new)
+        new.training = old.training
+        return new
 
     @hookimpl
     def quantize_param(self, parameter: Parameter, tensor: Tensor) -> Mapping[str, Tensor] | None:
@@ -162,8 +169,9 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
     def postprocess_model(self, model: nn.Module) -> None:
         if not self.parameters:
             return
+        modules = dict(model.named_modules(remove_duplicate=False))
         for parameter in self.parameters.values():
-            model.get_submodule(parameter.module).requires_grad_(False)  # biases too, as transformers has it
+            _freeze(modules[parameter.module])
         # transformers' and PEFT's names for it
         setattr(model, "is_loaded_in_4bit" if self.config.load_in_4bit else "is_loaded_in_8bit", True)
 
@@ -174,6 +182,13 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
     def restore_module(self, module: nn.Module, parameter: Parameter) -> nn.Module:
         original: nn.Module = module.__dict__["_original"]
         return original
+
+
+def _freeze(module: nn.Module) -> None:
+    """Require no gradient for what the layer itself holds, its bias too, as transformers has it."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.requires_grad_(False)
 
 
 def _oriented(parameter: Parameter, tensor: Tensor) -> Tensor:

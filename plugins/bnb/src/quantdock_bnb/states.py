@@ -100,10 +100,11 @@ def read_state(parameter: Parameter, components: Mapping[str, Tensor]) -> QuantS
     name = next(name for kind in QUANT_TYPES if (name := description_name(leaf, kind)) in components)
     nested = f"{leaf}.nested_absmax" in components
     absmax = components[f"{leaf}.absmax"]
+    count, scales = parameter.spec.numel, absmax.numel()
     described = _Description(parameter, name, components[name], nested=nested)
     described.expect("shape", list(stored_shape(parameter)))
     described.expect("quant_type", name.rpartition("__")[2])
-    blocksize = described.one_of("blocksize", [s for s in BLOCKSIZES if -(-parameter.spec.numel // s) == len(absmax)])
+    blocksize = described.one_of("blocksize", [s for s in BLOCKSIZES if -(-count // s) == scales])
     dtype = described.one_of("dtype", list(_FLOATS))
     state = QuantState(
         absmax=absmax,
@@ -137,7 +138,7 @@ class _Description:
     def __init__(self, parameter: Parameter, component: str, blob: Tensor, *, nested: bool) -> None:
         self._where = f"{parameter.name}: component {component!r}"
         try:
-            values = json.loads(bytes(blob.tolist()).decode("utf-8"))
+            values = json.loads(blob.cpu().numpy().tobytes().decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise UnsupportedError(f"{self._where} is no JSON ({error})") from error
         if not isinstance(values, dict):

@@ -193,13 +193,14 @@ def _any(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
 
 def _mark_initialised(model: Any, outcome: LoadOutcome) -> None:
     """Set transformers' flag on what has its values, so that its initialisation leaves it alone."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in outcome.loaded:
         path, _, leaf = name.rpartition(".")
-        tensor = getattr(model.get_submodule(path), leaf, None)
+        tensor = getattr(modules.get(path), leaf, None)
         if isinstance(tensor, torch.Tensor):
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     unfinished = {name.rpartition(".")[0] for name in outcome.missing}
     for quantizer in outcome.quantizers:
         for parameter in quantizer.parameters.values():
             if parameter.module not in unfinished:
-                model.get_submodule(parameter.module)._is_hf_initialized = True
+                modules[parameter.module]._is_hf_initialized = True

@@ -4,7 +4,8 @@ Each operation writes into tensors that the caller brings, so that a result can 
 computes is defined by its implementation in torch. Where the package ``quantdock-kernels`` is installed,
 compiled code gives the same bits faster; ``implementation()`` says which of the two is at work. The environment
 variable ``QUANTDOCK_KERNELS``, read at the first use, chooses: ``off`` for torch, or an instruction set for compiled
-code.
+code. Blockwise codes and rows of int8, which the libraries that define them make on GPUs by kernels of their own, are
+for tensors in CPU memory; everything else takes tensors on any device, and computes in torch there.
 """
 
 from __future__ import annotations

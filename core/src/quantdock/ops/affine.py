@@ -28,8 +28,8 @@ def quantize_affine(
     The functions of ``quantdock.ops.parameters`` find scales, shifts and zeros. A NaN has code 0, whatever the limits.
 
     Args:
-        matrix: float32, bfloat16 or float16 ``[rows, columns]`` with any strides, on CPU; not changed. Compiled code
-            needs the elements of a row side by side.
+        matrix: float32, bfloat16 or float16 ``[rows, columns]`` with any strides; not changed. Compiled code
+            needs it on CPU, and the elements of a row side by side.
         group: elements that share their parameters; the last group of a row may be smaller.
         scales: float32, bfloat16 or float16 ``[rows, ceil(columns / group)]``.
         divide: by scales, instead of multiplying with them. The two round differently.
@@ -46,16 +46,16 @@ def quantize_affine(
     expect_matrix("codes", codes, (torch.int8, torch.uint8))
     expect_matrix("scales", scales)
     shape = (len(matrix), -(-matrix.shape[1] // group))
-    expect("scales", scales, scales.dtype, *shape)
-    expect("codes", codes, codes.dtype, *matrix.shape)
+    expect("scales", scales, scales.dtype, *shape, device=matrix.device)
+    expect("codes", codes, codes.dtype, *matrix.shape, device=matrix.device)
     if shifts is not None:
-        expect("shifts", shifts, scales.dtype, *shape)
+        expect("shifts", shifts, scales.dtype, *shape, device=matrix.device)
     if zeros is not None:
-        expect("zeros", zeros, codes.dtype, *shape)
+        expect("zeros", zeros, codes.dtype, *shape, device=matrix.device)
     limits = torch.iinfo(codes.dtype)
     if not limits.min <= lowest <= highest <= limits.max:
         raise ValueError(f"codes from {lowest} to {highest}, expected a range within {limits.min} to {limits.max}")
-    kernels = compiled()
+    kernels = compiled(matrix)
     if kernels is not None and has_whole_rows(matrix):
         kernels.quantize_affine(
             matrix,

@@ -9,17 +9,20 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What compiled code reads."""
 
 
-def expect(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+CPU = torch.device("cpu")
+
+
+def expect(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int, device: torch.device = CPU) -> None:
     """
     Raises:
-        ValueError: the tensor isn't a contiguous one of this dtype and shape in CPU memory.
+        ValueError: the tensor isn't a contiguous one of this dtype and shape on this device.
     """
-    found = (tensor.dtype, tuple(tensor.shape), tensor.device.type, tensor.is_contiguous())
-    if found != (dtype, shape, "cpu", True):
+    found = (tensor.dtype, tuple(tensor.shape), tensor.device, tensor.is_contiguous())
+    if found != (dtype, shape, device, True):
         kind = "contiguous" if tensor.is_contiguous() else "not contiguous"
         raise ValueError(
             f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, {kind}; "
-            f"expected {dtype} {list(shape)} on cpu, contiguous"
+            f"expected {dtype} {list(shape)} on {device}, contiguous"
         )
 
 
@@ -41,12 +44,11 @@ def expect_blocks(flat: Tensor, blocksize: int) -> int:
 def expect_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """
     Raises:
-        ValueError: the tensor isn't a matrix of one of these dtypes in CPU memory; its strides may be any.
+        ValueError: the tensor isn't a matrix of one of these dtypes; its strides and its device may be any.
     """
-    if tensor.dtype not in dtypes or tensor.dim() != 2 or tensor.device.type != "cpu":
+    if tensor.dtype not in dtypes or tensor.dim() != 2:
         raise ValueError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected a matrix of "
-            f"{' or '.join(map(str, dtypes))} on cpu"
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, expected a matrix of {' or '.join(map(str, dtypes))}"
         )
 
 

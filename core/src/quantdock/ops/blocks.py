@@ -36,7 +36,7 @@ def spread(parameters: Tensor, block: tuple[int, int], rows: slice, columns: int
         rows: which rows.
         columns: of the matrix.
     """
-    # Dtypes and devices are spelled out: torch's defaults are the user's to change.
-    index = torch.arange(rows.start, rows.stop, dtype=torch.int64, device="cpu") // block[0]
+    # The dtype and the device are spelled out: torch's defaults are the user's to change.
+    index = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=parameters.device) // block[0]
     found = parameters.index_select(0, index)
     return found if found.shape[1] == 1 else found.repeat_interleave(block[1], 1)[:, :columns]

@@ -40,7 +40,7 @@ def quantize_blockwise_4bit(
     expect("codes", codes, torch.uint8, 16)
     expect("packed", packed, torch.uint8, (flat.numel() + 1) // 2)
     expect("absmax", absmax, torch.float32, blocks)
-    kernels = compiled()
+    kernels = compiled(flat)
     if kernels is not None and flat.dtype in FLOATS:
         kernels.quantize_4bit(flat, bounds=bounds, codes=codes, blocksize=blocksize, packed=packed, absmax=absmax)
         return

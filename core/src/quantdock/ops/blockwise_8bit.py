@@ -41,7 +41,7 @@ def quantize_blockwise_8bit(flat: Tensor, *, table: Tensor, blocksize: int, code
     expect("table", table, torch.uint8, CELLS)
     expect("codes", codes, torch.uint8, flat.numel())
     expect("absmax", absmax, torch.float32, blocks)
-    kernels = compiled()
+    kernels = compiled(flat)
     if kernels is not None and flat.dtype in FLOATS:
         kernels.quantize_8bit(flat, table=table, blocksize=blocksize, codes=codes, absmax=absmax)
         return

@@ -6,8 +6,12 @@ import functools
 import importlib
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from quantdock.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE = "QUANTDOCK_KERNELS"
 
@@ -25,13 +29,13 @@ def implementation() -> str:
     return _choice()[1]
 
 
-def compiled() -> ModuleType | None:
-    """The module ``quantdock_kernels`` if it is to be used.
+def compiled(tensor: Tensor) -> ModuleType | None:
+    """The module ``quantdock_kernels`` if it is to be used on ``tensor``, which has to be in CPU memory for that.
 
     Raises:
         ConfigError: ``QUANTDOCK_KERNELS`` names an instruction set that isn't there.
     """
-    return _choice()[0]
+    return _choice()[0] if tensor.device.type == "cpu" else None
 
 
 @functools.cache

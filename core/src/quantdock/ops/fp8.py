@@ -23,8 +23,8 @@ def encode_fp8(matrix: Tensor, *, scales: Tensor, block: tuple[int, int], divide
     becomes, has the code 0x7F.
 
     Args:
-        matrix: float32, bfloat16 or float16 ``[rows, columns]`` with any strides, on CPU; not changed. Compiled code
-            needs the elements of a row side by side.
+        matrix: float32, bfloat16 or float16 ``[rows, columns]`` with any strides; not changed. Compiled code
+            needs it on CPU, and the elements of a row side by side.
         scales: float32 ``[ceil(rows / block[0]), ceil(columns / block[1])]``.
         block: rows and columns that share a scale; blocks at the edges may be smaller.
         divide: by scales, instead of multiplying with them. The two round differently.
@@ -35,8 +35,8 @@ def encode_fp8(matrix: Tensor, *, scales: Tensor, block: tuple[int, int], divide
     """
     expect_matrix("matrix", matrix)
     _expect_scales(matrix, scales, block)
-    expect("codes", codes, torch.float8_e4m3fn, *matrix.shape)
-    kernels = compiled()
+    expect("codes", codes, torch.float8_e4m3fn, *matrix.shape, device=matrix.device)
+    kernels = compiled(matrix)
     if kernels is not None and has_whole_rows(matrix):
         kernels.encode_fp8(matrix, scales=scales, block=block, divide=divide, codes=codes)
         return
@@ -46,9 +46,9 @@ def encode_fp8(matrix: Tensor, *, scales: Tensor, block: tuple[int, int], divide
         values = values / scale if divide else values * scale
         # Not every version of torch limits what it converts.
         codes[rows] = values.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
-        # The sign of a NaN depends on the processor. Bools are slow in torch, the largest element isn't.
+        # The sign of a NaN depends on the processor. On CPU, bools are slow in torch, the largest element isn't.
         found = codes[rows].view(torch.uint8)
-        if found.max() == _NEGATIVE_NAN_E4M3:
+        if found.device.type != "cpu" or found.max() == _NEGATIVE_NAN_E4M3:
             found.masked_fill_(found == _NEGATIVE_NAN_E4M3, _NAN_E4M3)
 
 
@@ -56,9 +56,9 @@ def decode_fp8(codes: Tensor, *, scales: Tensor, block: tuple[int, int], out: Te
     """``codes.to(torch.float32) * scales``, rounded once to the dtype of the result.
 
     Args:
-        codes: float8_e4m3fn or float8_e5m2 ``[rows, columns]`` with any strides, on CPU; not changed. Compiled code
-            needs the elements of a row side by side.
-        scales: floats ``[ceil(rows / block[0]), ceil(columns / block[1])]``, on CPU; powers of two as float8_e8m0fnu
+        codes: float8_e4m3fn or float8_e5m2 ``[rows, columns]`` with any strides; not changed. Compiled code
+            needs it on CPU, and the elements of a row side by side.
+        scales: floats ``[ceil(rows / block[0]), ceil(columns / block[1])]``; powers of two as float8_e8m0fnu
             are floats, too. Used as float32.
         block: rows and columns that share a scale; blocks at the edges may be smaller.
         out: float32, bfloat16 or float16 ``[rows, columns]``, written. Nobody says which NaN a NaN is.
@@ -68,10 +68,10 @@ def decode_fp8(codes: Tensor, *, scales: Tensor, block: tuple[int, int], out: Te
     """
     expect_matrix("codes", codes, _FP8)
     expect_matrix("out", out)
-    expect("out", out, out.dtype, *codes.shape)
+    expect("out", out, out.dtype, *codes.shape, device=codes.device)
     single = scales.to(torch.float32).contiguous() if scales.is_floating_point() else scales
     _expect_scales(codes, single, block)
-    kernels = compiled()
+    kernels = compiled(codes)
     if kernels is not None and has_whole_rows(codes):
         kernels.decode_fp8(codes, scales=single, block=block, out=out)
         return
@@ -83,7 +83,7 @@ def decode_fp8(codes: Tensor, *, scales: Tensor, block: tuple[int, int], out: Te
 def _expect_scales(matrix: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
     expect_positive("block", *block)
     rows, columns = matrix.shape
-    expect("scales", scales, torch.float32, -(-rows // block[0]), -(-columns // block[1]))
+    expect("scales", scales, torch.float32, -(-rows // block[0]), -(-columns // block[1]), device=matrix.device)
 
 
 def _values(codes: Tensor) -> Tensor:
@@ -95,6 +95,6 @@ def _values(codes: Tensor) -> Tensor:
     # The sign and seven bits; the exponent is 8 lower than that of float16.
     values = bits.bitwise_left_shift_(7).bitwise_and_(-0x4080).view(torch.float16).float()
     values.mul_(256.0)
-    if magnitudes.max() == _NAN_E4M3:
+    if magnitudes.device.type != "cpu" or magnitudes.max() == _NAN_E4M3:
         values.masked_fill_(magnitudes == _NAN_E4M3, float("nan"))
     return values

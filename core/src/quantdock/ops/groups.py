@@ -18,8 +18,8 @@ def group_extremes(matrix: Tensor, *, group: int, smallest: Tensor, largest: Ten
     Both are NaNs for a group with a NaN. A zero is a positive one.
 
     Args:
-        matrix: float32, bfloat16 or float16 ``[rows, columns]`` with any strides, on CPU; not changed. Compiled code
-            needs the elements of a row side by side.
+        matrix: float32, bfloat16 or float16 ``[rows, columns]`` with any strides; not changed. Compiled code
+            needs it on CPU, and the elements of a row side by side.
         group: elements that belong together; the last group of a row may be smaller.
         smallest, largest: of the matrix's dtype, ``[rows, ceil(columns / group)]``, written.
 
@@ -27,9 +27,9 @@ def group_extremes(matrix: Tensor, *, group: int, smallest: Tensor, largest: Ten
         ValueError: an argument isn't as described; nothing has been written.
     """
     groups = _expect_groups(matrix, group)
-    expect("smallest", smallest, matrix.dtype, len(matrix), groups)
-    expect("largest", largest, matrix.dtype, len(matrix), groups)
-    kernels = compiled()
+    expect("smallest", smallest, matrix.dtype, len(matrix), groups, device=matrix.device)
+    expect("largest", largest, matrix.dtype, len(matrix), groups, device=matrix.device)
+    kernels = compiled(matrix)
     if kernels is not None and has_whole_rows(matrix):
         kernels.group_extremes(matrix, group=group, smallest=smallest, largest=largest)
         return
@@ -44,8 +44,8 @@ def group_magnitudes(matrix: Tensor, *, group: int, magnitudes: Tensor) -> None:
     """The largest magnitude of each group along a row, a NaN for a group with a NaN.
 
     Args:
-        matrix: float32, bfloat16 or float16 ``[rows, columns]`` with any strides, on CPU; not changed. Compiled code
-            needs the elements of a row side by side.
+        matrix: float32, bfloat16 or float16 ``[rows, columns]`` with any strides; not changed. Compiled code
+            needs it on CPU, and the elements of a row side by side.
         group: elements that belong together; the last group of a row may be smaller.
         magnitudes: of the matrix's dtype, ``[rows, ceil(columns / group)]``, written.
 
@@ -53,8 +53,8 @@ def group_magnitudes(matrix: Tensor, *, group: int, magnitudes: Tensor) -> None:
         ValueError: an argument isn't as described; nothing has been written.
     """
     groups = _expect_groups(matrix, group)
-    expect("magnitudes", magnitudes, matrix.dtype, len(matrix), groups)
-    kernels = compiled()
+    expect("magnitudes", magnitudes, matrix.dtype, len(matrix), groups, device=matrix.device)
+    kernels = compiled(matrix)
     if kernels is not None and has_whole_rows(matrix):
         kernels.group_magnitudes(matrix, group=group, magnitudes=magnitudes)
         return
@@ -76,11 +76,11 @@ def block_magnitudes(matrix: Tensor, *, block: tuple[int, int]) -> Tensor:
         ValueError: an argument isn't as described.
     """
     expect_positive("block", *block)
-    found = torch.empty(len(matrix), _expect_groups(matrix, block[1]), dtype=matrix.dtype, device="cpu")
+    found = torch.empty(len(matrix), _expect_groups(matrix, block[1]), dtype=matrix.dtype, device=matrix.device)
     group_magnitudes(matrix, group=block[1], magnitudes=found)
     if block[0] == 1:
         return found
-    result = torch.empty(-(-len(matrix) // block[0]), found.shape[1], dtype=matrix.dtype, device="cpu")
+    result = torch.empty(-(-len(matrix) // block[0]), found.shape[1], dtype=matrix.dtype, device=matrix.device)
     # The rows of a block are a group of the matrix's other side.
     _reduce(torch.amax, found.t(), block[0], result.t())
     return result

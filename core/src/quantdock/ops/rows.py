@@ -39,7 +39,7 @@ def quantize_rows_int8(matrix: Tensor, *, codes: Tensor, scales: Tensor) -> None
         )
     expect("codes", codes, torch.int8, *matrix.shape)
     expect("scales", scales, torch.float32, matrix.shape[0])
-    kernels = compiled()
+    kernels = compiled(matrix)
     if kernels is not None and matrix.dtype in FLOATS and (matrix.stride(1) == 1 or matrix.shape[1] == 1):
         kernels.quantize_rows_int8(matrix, codes=codes, scales=scales)
     elif matrix.numel():

@@ -32,11 +32,11 @@ def unpack_words(
 
     Args:
         words: int32 ``[ceil(length * bits / 32), streams]`` for ``dim=0``, ``[streams, ceil(length * bits / 32)]`` for
-            ``dim=1``, contiguous, on CPU; not changed.
+            ``dim=1``, contiguous; not changed. Compiled code needs it on CPU.
         bits: 2, 3, 4 or 8.
         dim: the dimension along which the words of a stream are.
-        codes: uint8 matrix, contiguous, written: the codes of a stream are along ``dim``, too, or along the other
-            dimension if ``turn``.
+        codes: uint8 matrix on the same device, contiguous, written: the codes of a stream are along ``dim``, too, or
+            along the other dimension if ``turn``.
         turn: whether the matrix is transposed.
         interleaved: AWQ's order; ``bits`` is 4, and ``length`` a multiple of 8.
 
@@ -44,7 +44,7 @@ def unpack_words(
         ValueError: an argument isn't as described; nothing has been written.
     """
     _expect(words, bits, dim, codes, turn, interleaved)
-    kernels = compiled()
+    kernels = compiled(codes)
     if kernels is not None:
         kernels.unpack_words(words, bits=bits, dim=dim, codes=codes, turn=turn, interleaved=interleaved)
         return
@@ -70,7 +70,7 @@ def pack_words(
         ValueError: an argument isn't as described; nothing has been written.
     """
     _expect(words, bits, dim, codes, turn, interleaved)
-    kernels = compiled()
+    kernels = compiled(codes)
     if kernels is not None:
         kernels.pack_words(codes, bits=bits, dim=dim, words=words, turn=turn, interleaved=interleaved)
         return
@@ -117,9 +117,9 @@ def _expect(words: Tensor, bits: int, dim: int, codes: Tensor, turn: bool, inter
     if dim not in (0, 1):
         raise ValueError(f"dim is {dim}, expected 0 or 1")
     expect_matrix("codes", codes, (torch.uint8,))
-    expect("codes", codes, torch.uint8, *codes.shape)
+    expect("codes", codes, torch.uint8, *codes.shape, device=codes.device)
     length, streams = codes.shape if dim == turn else codes.shape[::-1]
     if interleaved and length % 8:
         raise ValueError(f"codes are {list(codes.shape)}, expected a multiple of 8 along the streams")
     count = -(-length * bits // 32)
-    expect("words", words, torch.int32, *((streams, count) if dim else (count, streams)))
+    expect("words", words, torch.int32, *((streams, count) if dim else (count, streams)), device=codes.device)

@@ -119,7 +119,7 @@ class Engine:
             thread.start()
         interrupted = True
         try:
-            with Staging() as staging:
+            with torch.no_grad(), Staging() as staging:
                 for unit in units:
                     if not self._hand_out(unit, staging):
                         break
@@ -181,11 +181,10 @@ class Engine:
         self.budgets.wake()
 
     def _work(self) -> None:
-        with worker_threads(self._callers), Staging() as staging:
+        with worker_threads(self._callers), torch.no_grad(), Staging() as staging:
             while (task := self._tasks.get()) is not None:
                 self._perform(task, staging)
 
-    @torch.no_grad()
     def _perform(self, task: _Task, staging: Staging) -> None:
         try:
             if not self._stopped() and task.work(staging):
@@ -193,7 +192,8 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller's thread raises it
             self._fail(error)
         finally:
-            self.budgets.give(task.takes, task.unit.device)
+            if task.takes != NOTHING:
+                self.budgets.give(task.takes, task.unit.device)
             # The thread that hands out work sleeps until the others are about to run out of it: if every piece woke it
             # up, it would be in their way.
             if self._tasks.qsize() <= self.workers:

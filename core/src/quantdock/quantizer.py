@@ -12,7 +12,7 @@ import torch
 
 from quantdock.errors import ConfigError, UnsupportedError
 from quantdock.layout import Capabilities, Layout
-from quantdock.tensors import Parameter, TensorSpec, qualified
+from quantdock.tensors import Parameter, TensorSpec
 
 _STAGES = ("preprocess_model", "quantize_param", "postprocess_model")
 

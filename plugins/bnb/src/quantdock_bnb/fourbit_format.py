@@ -169,7 +169,7 @@ class FourBit(Format):
     def install(self, module: nn.Module, parameter: Parameter, components: Mapping[str, Tensor]) -> None:
         state = states.read_state(parameter, components)
         data = components[parameter.leaf]
-        module.weight = bnb.nn.Params4bit(
+        module._parameters[parameter.leaf] = bnb.nn.Params4bit(
             data,
             requires_grad=False,
             quant_state=state,

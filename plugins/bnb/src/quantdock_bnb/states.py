@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -98,27 +100,27 @@ def read_state(parameter: Parameter, components: Mapping[str, Tensor]) -> QuantS
     """
     leaf = parameter.leaf
     name = next(name for kind in QUANT_TYPES if (name := description_name(leaf, kind)) in components)
-    nested = f"{leaf}.nested_absmax" in components
     absmax = components[f"{leaf}.absmax"]
-    count, scales = parameter.spec.numel, absmax.numel()
-    described = _Description(parameter, name, components[name], nested=nested)
-    described.expect("shape", list(stored_shape(parameter)))
-    described.expect("quant_type", name.rpartition("__")[2])
-    blocksize = described.one_of("blocksize", [s for s in BLOCKSIZES if -(-count // s) == scales])
-    dtype = described.one_of("dtype", list(_FLOATS))
+    try:
+        described = _described(
+            components[name].cpu().numpy().tobytes(),
+            quant_type=name.rpartition("__")[2],
+            shape=stored_shape(parameter),
+            scales=absmax.numel(),
+            nested=f"{leaf}.nested_absmax" in components,
+        )
+    except ValueError as error:
+        raise UnsupportedError(f"{parameter.name}: component {name!r} {error}") from error
     state = QuantState(
         absmax=absmax,
-        shape=torch.Size(stored_shape(parameter)),
+        shape=torch.Size(described.shape),
         code=components[f"{leaf}.quant_map"],
-        blocksize=blocksize,
-        quant_type=described.values["quant_type"],
-        dtype=_FLOATS[dtype],
+        blocksize=described.blocksize,
+        quant_type=described.quant_type,
+        dtype=described.dtype,
     )
-    if nested:
-        described.expect("nested_blocksize", NESTED_BLOCKSIZE)
-        described.expect("nested_dtype", "float32")
-        offset = torch.tensor(described.number("nested_offset"), dtype=torch.float32, device=absmax.device)
-        state.offset = offset
+    if described.nested_offset is not None:
+        state.offset = torch.tensor(described.nested_offset, dtype=torch.float32, device=absmax.device)
         state.state2 = QuantState(
             absmax=components[f"{leaf}.nested_absmax"],
             code=components[f"{leaf}.nested_quant_map"],
@@ -129,37 +131,63 @@ def read_state(parameter: Parameter, components: Mapping[str, Tensor]) -> QuantS
     return state
 
 
-class _Description:
-    """The JSON of a 4-bit parameter, with checks that say where they failed."""
+class _Description(NamedTuple):
+    """What the JSON of a 4-bit parameter says."""
 
-    _PLAIN = frozenset({"quant_type", "blocksize", "dtype", "shape"})
-    _NESTED = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
+    quant_type: str
+    blocksize: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nested_offset: float | None
+    """What was subtracted from scales before they were quantized; ``None`` where they weren't."""
 
-    def __init__(self, parameter: Parameter, component: str, blob: Tensor, *, nested: bool) -> None:
-        self._where = f"{parameter.name}: component {component!r}"
-        try:
-            values = json.loads(blob.cpu().numpy().tobytes().decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UnsupportedError(f"{self._where} is no JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise UnsupportedError(f"{self._where} is {type(values).__name__}, expected a JSON object")
-        expected = self._PLAIN | self._NESTED if nested else self._PLAIN
-        if values.keys() != expected:
-            raise UnsupportedError(f"{self._where} has the keys {sorted(values)}, expected {sorted(expected)}")
-        self.values: dict[str, Any] = values
 
-    def expect(self, key: str, value: Any) -> None:
-        if self.values[key] != value:
-            raise UnsupportedError(f"{self._where} says {key}={self.values[key]!r}, expected {value!r}")
+_PLAIN = frozenset({"quant_type", "blocksize", "dtype", "shape"})
+_NESTED = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
 
-    def one_of(self, key: str, choices: list[Any]) -> Any:
-        value = self.values[key]
-        if isinstance(value, bool) or value not in choices:
-            raise UnsupportedError(f"{self._where} says {key}={value!r}, expected one of {choices}")
-        return value
 
-    def number(self, key: str) -> float:
-        value = self.values[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UnsupportedError(f"{self._where} says {key}={value!r}, expected a number")
-        return float(value)
+@functools.lru_cache(maxsize=1024)
+def _described(text: bytes, *, quant_type: str, shape: tuple[int, ...], scales: int, nested: bool) -> _Description:
+    """Read a description, which must say what the other components say. All layers of a shape have the same.
+
+    Raises:
+        ValueError: it doesn't; says what it says.
+    """
+    try:
+        values = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"is {type(values).__name__}, expected a JSON object")
+    expected = _PLAIN | _NESTED if nested else _PLAIN
+    if values.keys() != expected:
+        raise ValueError(f"has the keys {sorted(values)}, expected {sorted(expected)}")
+    _expect(values, "shape", list(shape))
+    _expect(values, "quant_type", quant_type)
+    sizes = [size for size in BLOCKSIZES if -(-math.prod(shape) // size) == scales]
+    blocksize = _one_of(values, "blocksize", sizes)
+    dtype = _one_of(values, "dtype", list(_FLOATS))
+    if nested:
+        _expect(values, "nested_blocksize", NESTED_BLOCKSIZE)
+        _expect(values, "nested_dtype", "float32")
+    offset = _number(values, "nested_offset") if nested else None
+    return _Description(quant_type, blocksize, _FLOATS[dtype], shape, offset)
+
+
+def _expect(values: Mapping[str, Any], key: str, value: Any) -> None:
+    if values[key] != value:
+        raise ValueError(f"says {key}={values[key]!r}, expected {value!r}")
+
+
+def _one_of(values: Mapping[str, Any], key: str, choices: list[Any]) -> Any:
+    value = values[key]
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"says {key}={value!r}, expected one of {choices}")
+    return value
+
+
+def _number(values: Mapping[str, Any], key: str) -> float:
+    value = values[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"says {key}={value!r}, expected a number")
+    return float(value)

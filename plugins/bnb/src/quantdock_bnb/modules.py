@@ -108,6 +108,12 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes is An
         for name, part in state.as_dict(packed=True).items():
             destination[f"{prefix}weight.{name}"] = part if keep_vars else part.detach()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _restore_class(self, bnb.nn.Params4bit)
+        if isinstance(self.weight, bnb.nn.Params4bit):
+            self.weight.module = self  # of a copy, it is the layer that was copied
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         self._arrange(for_kernel=False)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
@@ -136,6 +142,10 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes i
             self.weight.data = self.state.CB
         return result
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _restore_class(self, bnb.nn.Int8Params)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear8bitLt:
         scales = None if self.state.has_fp16_weights else self.scales()
         result = super()._apply(fn, recurse)
@@ -144,3 +154,13 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes i
             self.weight.CB = self.weight.data
             self.weight.SCB = scales.to(self.weight.device)
         return result  # type: ignore[no-any-return]
+
+
+def _restore_class(layer: nn.Module, kind: type[nn.Parameter]) -> None:
+    """Make the weight of an unpickled layer what it was: torch pickles every kind of parameter as a plain one, with its
+    attributes, and those are lost as soon as that is copied."""
+    weight = layer._parameters["weight"]
+    if type(weight) is nn.Parameter:
+        restored = torch.Tensor._make_subclass(kind, weight.data, weight.requires_grad)
+        restored.__dict__.update(weight.__dict__)
+        layer._parameters["weight"] = restored

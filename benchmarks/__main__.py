@@ -6,7 +6,7 @@ import argparse
 import sys
 from types import ModuleType
 
-from benchmarks import decode, load, memory, plan, reload
+from benchmarks import decode, load, memory, plan, quality, reload
 
 COMMANDS: dict[str, ModuleType] = {
     "load": load,
@@ -14,6 +14,7 @@ COMMANDS: dict[str, ModuleType] = {
     "memory": memory,
     "plan": plan,
     "decode": decode,
+    "quality": quality,
 }
 
 

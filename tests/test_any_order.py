@@ -78,7 +78,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def move_elsewhere(self) -> None:
         """What ``to``, ``cuda`` and the like do with every tensor, with no other device at hand."""
-        self.model = self.model._apply(torch.clone)
+        self.model = self.model._apply(torch.clone)  # type: ignore[no-untyped-call]
 
     @rule()
     def copy(self) -> None:

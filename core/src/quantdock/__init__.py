@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "architecture": ("Architecture", "Chatter", "LoadOutcome", "Routing", "Skeleton"),
+    "architecture": ("Architecture", "Blocks", "Chatter", "LoadOutcome", "Routing", "Skeleton"),
     "auto": (
         "AutoModel",
         "AutoModelForCausalLM",
@@ -23,11 +23,14 @@ _HOMES = {
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     ),
+    "calibration.block": ("CalibrationBlock",),
+    "calibration.data": ("Calibration",),
     "calls": ("load", "plan"),
     "checkpoint": ("Checkpoint",),
     "config": ("ModelConfig", "read_json_object"),
     "conversion": ("Assembly", "Conversion", "Piece", "rename"),
     "errors": (
+        "CalibrationError",
         "CheckpointError",
         "ConfigError",
         "LedgerError",
@@ -71,6 +74,10 @@ __all__ = [
     "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "Blocks",
+    "Calibration",
+    "CalibrationBlock",
+    "CalibrationError",
     "Capabilities",
     "Chatter",
     "Checkpoint",
@@ -125,7 +132,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from quantdock.architecture import Architecture, Chatter, LoadOutcome, Routing, Skeleton
+    from quantdock.architecture import Architecture, Blocks, Chatter, LoadOutcome, Routing, Skeleton
     from quantdock.auto import (
         AutoModel,
         AutoModelForCausalLM,
@@ -136,11 +143,14 @@ if TYPE_CHECKING:
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
+    from quantdock.calibration.block import CalibrationBlock
+    from quantdock.calibration.data import Calibration
     from quantdock.calls import load, plan
     from quantdock.checkpoint import Checkpoint
     from quantdock.config import ModelConfig, read_json_object
     from quantdock.conversion import Assembly, Conversion, Piece, rename
     from quantdock.errors import (
+        CalibrationError,
         CheckpointError,
         ConfigError,
         LedgerError,

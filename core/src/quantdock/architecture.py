@@ -45,6 +45,39 @@ class LoadOutcome:
     """What will be saved as the model's ``quantization_config``; ``None`` when nothing is quantized."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """A model as a row of blocks, each of which is fed with the hidden states that the one before it returns."""
+
+    paths: Sequence[str]
+    """Their module paths, in order of execution; empty for a model that isn't such a row."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the model's forward for a plain pass, such as ``use_cache=False``."""
+    max_positions: int | None = None
+    """Tokens that a sample may have."""
+    hidden_size: int | None = None
+    """Features of the hidden states, to know their bytes beforehand."""
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Blocks:
+        """The module list that holds most of the model's elements, and lies in no other list."""
+        lists = [
+            (path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) > 0
+        ]
+        paths = [path for path, _ in lists]
+        outer = [
+            (sum(parameter.numel() for parameter in module.parameters()), path, len(module))
+            for path, module in lists
+            if not any(path.startswith(f"{other}.") for other in paths)
+        ]
+        if not outer:
+            return cls(paths=())
+        _, path, count = max(outer, key=lambda found: found[0])
+        return cls(paths=[f"{path}.{index}" for index in range(count)])
+
+
 class Chatter(Protocol):
     """A loaded model with its tokenizer: text in, text out. The command line talks to models through it."""
 
@@ -119,6 +152,23 @@ class Architecture:
     def dispatch_options(self) -> Mapping[str, Any]:
         """Arguments for ``accelerate.dispatch_model`` when the model is on several devices."""
         return {}
+
+    def blocks(self, model: torch.nn.Module) -> Blocks:
+        """The model as a row of blocks, for quantizers that look at activations; asked before modules are swapped."""
+        return Blocks.of(model)
+
+    def tokenize(self, texts: Sequence[str], tokenizer: Any, source: Source) -> list[list[int]]:
+        """Token ids of texts, for quantizers that look at activations.
+
+        Args:
+            texts: any number.
+            tokenizer: what the user named: a tokenizer, or the path of one; ``None`` for the source's own.
+            source: where the weights come from, and the files of a tokenizer may be.
+
+        Raises:
+            UnsupportedError: there is none, or it can't be used.
+        """
+        raise UnsupportedError(f"{type(self).__name__} has no tokenizer for texts; pass token ids instead")
 
     def finish(self, outcome: LoadOutcome) -> None:
         """Initialise what is missing by the family's own rule, recreate non-persistent buffers, tie.

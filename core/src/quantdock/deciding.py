@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantdock.errors import UnsupportedError
+from quantdock.joining import Joined, Pieces, join
 from quantdock.layout import Layout
 from quantdock.options import LoadOptions
 from quantdock.patterns import PatternIndex, is_literal
@@ -24,6 +25,8 @@ class Decision:
 
     chosen: Chosen | None = None
     layout: Layout | None = None
+    joined: Joined | None = None
+    """How its components are put together, if it is stored quantized in several pieces."""
     note: str = ""
     problem: str = ""
     """Why the load can't go on; empty when it can."""
@@ -53,6 +56,10 @@ def decide(
             decisions[name] = _for_stored(
                 parameter, found.components[name], [selection.rules[i] for i in index.matching(name)]
             )
+        elif name in found.pieces:
+            decisions[name] = _for_pieces(
+                parameter, found.pieces[name], [selection.rules[i] for i in index.matching(name)]
+            )
         elif selection.prequantized or not selection.rules:
             decisions[name] = unasked
         elif (number := index.first(name)) is None:
@@ -74,6 +81,37 @@ def decide(
 def _for_stored(parameter: Parameter, components: Mapping[str, StoredTensor], rules: Sequence[Rule]) -> Decision:
     """A parameter that the checkpoint holds quantized goes to the first quantizer that can load it."""
     specs = {name: tensor.spec for name, tensor in components.items()}
+
+    def decision(chosen: Chosen) -> Decision:
+        return Decision(chosen=chosen, layout=chosen.quantizer.stored_layout(parameter, specs))
+
+    what = f"parameter {parameter.name!r} is stored quantized ({', '.join(specs)}), but can't be loaded"
+    return _first_that_can(parameter, rules, decision, what)
+
+
+def _for_pieces(parameter: Parameter, pieces: Pieces, rules: Sequence[Rule]) -> Decision:
+    """The same, of a parameter that is held in several quantized pieces."""
+
+    def decision(chosen: Chosen) -> Decision:
+        joined = join(chosen.quantizer, parameter, pieces)
+        return Decision(chosen=chosen, layout=chosen.quantizer.stored_layout(parameter, joined.specs), joined=joined)
+
+    made = pieces.conversion.targets[parameter.name].shape
+    if made != parameter.spec.shape:
+        return Decision(
+            problem=f"parameter {parameter.name!r} has shape {list(parameter.spec.shape)}, but {len(pieces.stored)} "
+            f"stored weights ({next(iter(pieces.stored))!r}, ...) give {list(made)}"
+        )
+    what = (
+        f"parameter {parameter.name!r} is made from quantized tensors ({next(iter(pieces.tensors))!r}, ...) by "
+        f"{pieces.conversion.label}, which isn't supported"
+    )
+    return _first_that_can(parameter, rules, decision, what)
+
+
+def _first_that_can(
+    parameter: Parameter, rules: Sequence[Rule], decision: Callable[[Chosen], Decision], what: str
+) -> Decision:
     refusals = []
     for rule in rules:
         if rule.chosen is None:
@@ -83,13 +121,10 @@ def _for_stored(parameter: Parameter, components: Mapping[str, StoredTensor], ru
             refusals.append(f"{rule.chosen.label}: {refusal}")
             continue
         try:
-            return Decision(chosen=rule.chosen, layout=rule.chosen.quantizer.stored_layout(parameter, specs))
+            return decision(rule.chosen)
         except UnsupportedError as error:
             refusals.append(str(error))
-    reasons = "; ".join(refusals) or "no quantizer of this load takes it"
-    return Decision(
-        problem=f"parameter {parameter.name!r} is stored quantized ({', '.join(specs)}), but can't be loaded: {reasons}"
-    )
+    return Decision(problem=f"{what}: {'; '.join(refusals) or 'no quantizer of this load takes it'}")
 
 
 def _for_loading(parameter: Parameter, rule: Rule, kept: Mapping[str, str]) -> Decision:

@@ -75,6 +75,11 @@ class Budgets:
         return [self.host, *self.devices.values()]
 
 
+def amounts(units: Sequence[Unit]) -> tuple[int, int]:
+    """Stored bytes and parameters."""
+    return sum(unit.stored_nbytes for unit in units), sum(len(unit.targets) for unit in units)
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """A piece of work for a worker, and what to give back afterwards."""
@@ -93,6 +98,8 @@ class Engine:
     budgets: Budgets
     workers: int
     notify: Notify | None = None
+    expected: tuple[int, int] | None = None
+    """Stored bytes and parameters of all runs together, for progress; ``None`` for a single run."""
     _failure: BaseException | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _callers: int = field(default_factory=torch.get_num_threads)
@@ -109,7 +116,7 @@ class Engine:
         """
         self.runner.recorder.watch(lambda: self.budgets.taken)
         populate_in_background(units)
-        self._total = (sum(unit.stored_nbytes for unit in units), sum(len(unit.targets) for unit in units))
+        self._total = self.expected or amounts(units)
         count = sum(1 if unit.cut is None else unit.cut.count for unit in units if unit.in_flight)
         threads = [
             threading.Thread(target=self._work, name=f"quantdock-{index}", daemon=True)

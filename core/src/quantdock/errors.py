@@ -106,5 +106,20 @@ class LoadError(QuantdockError):
         self.plugin = plugin
 
 
+class CalibrationError(QuantdockError):
+    """Calibration data doesn't fit, a model can't be run block by block, or its activations can't be used.
+
+    Attributes:
+        block: path of the block that was being calibrated, if it got that far.
+        parameter: the parameter at fault, if one can be named.
+    """
+
+    def __init__(self, message: str, *, block: str | None = None, parameter: str | None = None) -> None:
+        where = "".join(f"\n  {name}: {value}" for name, value in (("block", block), ("parameter", parameter)) if value)
+        super().__init__(message + where)
+        self.block = block
+        self.parameter = parameter
+
+
 class SaveError(QuantdockError):
     """A model can't be saved; nothing was written."""

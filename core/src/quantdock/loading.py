@@ -11,6 +11,7 @@ import torch
 
 from quantdock.architecture import Skeleton
 from quantdock.caching.results import consult
+from quantdock.calibration.preparing import check_placement, prepare
 from quantdock.checkpoint import Checkpoint
 from quantdock.config import ModelConfig
 from quantdock.discovery import Catalog, installed
@@ -59,10 +60,13 @@ def make_plan(
     with clock.stage("match"):
         matched = match(skeleton, checkpoint, selection, options)
         assign(selection, matched)
+    with clock.stage("prepare calibration"):
+        calibrating = prepare(skeleton, matched, selection, source)
     with clock.stage("preprocess_model"):
         preprocess(skeleton, matched, hooks)
     with clock.stage("place"):
         placement = resolve_placement(skeleton, matched, selection, options)
+        check_placement(calibrating, placement)
         units = make_units(matched, checkpoint, placement, whole=watched(hooks, selection))
     made = Plan(
         source=source,
@@ -77,6 +81,7 @@ def make_plan(
         hooks=hooks,
         catalog=catalog,
         stopwatch=clock,
+        calibrating=calibrating,
     )
     with clock.stage("cache"):
         made.cached = consult(made)

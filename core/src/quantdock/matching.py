@@ -14,14 +14,15 @@ import torch
 
 from quantdock.architecture import Architecture, Skeleton
 from quantdock.checkpoint import Checkpoint
-from quantdock.conversion import Conversion
+from quantdock.conversion import Assembly, Conversion
 from quantdock.deciding import Decision, decide
 from quantdock.errors import LedgerError
+from quantdock.joining import Pieces
 from quantdock.options import LoadOptions
 from quantdock.patterns import matching, require_matches
 from quantdock.registry import Selection
 from quantdock.slots import slots
-from quantdock.tensors import Parameter, StoredTensor, TensorSpec
+from quantdock.tensors import Parameter, StoredTensor, TensorSpec, qualified
 from quantdock.tying import TiedGroup, resolve_ties
 
 NEW_HEAD = "a new task head"
@@ -39,6 +40,10 @@ class Match:
     conversions: list[Conversion] = field(default_factory=list)
     components: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     """Parameter stored quantized -> component -> stored tensor."""
+    pieces: dict[str, Pieces] = field(default_factory=dict)
+    """Parameter stored quantized, in several pieces -> those."""
+    assemblies: dict[str, Assembly] = field(default_factory=dict)
+    """Parameter -> the pieces it is put together from, where that isn't one stored tensor as it is."""
     stored_as: dict[str, str] = field(default_factory=dict)
     """Parameter stored quantized -> the name it has in the checkpoint."""
     decisions: dict[str, Decision] = field(default_factory=dict)
@@ -48,6 +53,11 @@ class Match:
     ignored: dict[str, str] = field(default_factory=dict)
     allowed: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    def stored_specs(self, name: str) -> Mapping[str, TensorSpec]:
+        """Component -> dtype and shape, of a parameter stored quantized; to be asked when decisions are made."""
+        joined = self.decisions[name].joined
+        return {part: tensor.spec for part, tensor in self.components[name].items()} if joined is None else joined.specs
 
 
 def list_parameters(skeleton: Skeleton) -> dict[str, Parameter]:
@@ -79,7 +89,8 @@ def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, opti
     found = Match(parameters=list_parameters(skeleton))
     for chosen in selection:
         chosen.quantizer.metadata, chosen.quantizer.stored_as = checkpoint.metadata, found.stored_as
-    companions = _split_companions(checkpoint, selection)
+        chosen.quantizer.assemblies = found.assemblies
+    companions = _split_companions(found, checkpoint, selection)
     groups = _group(companions, checkpoint)
     # A quantized parameter is routed by its own name, also where nothing is stored under it.
     stand_ins = {base: next(iter(parts.values())).spec for base, parts in groups.items()}
@@ -105,20 +116,29 @@ def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, opti
     return found
 
 
-def _split_companions(checkpoint: Checkpoint, selection: Selection) -> dict[str, tuple[str, str]]:
-    """Stored tensors that belong to a quantized parameter: stored name -> (the parameter's stored name, component)."""
+def _split_companions(found: Match, checkpoint: Checkpoint, selection: Selection) -> dict[str, tuple[str, str]]:
+    """Stored tensors that belong to a quantized parameter: stored name -> (the parameter's stored name, component).
+
+    One that is called like a component (``scale``), but is a parameter itself and beside no other, isn't among them.
+    """
     if not selection.prequantized:
         return {}
     suffixes: dict[str, str] = {}
     for chosen in selection:
         suffixes.update(chosen.quantizer.companions())
-    ordered = sorted(suffixes.items(), key=lambda item: -len(item[0]))
+    dots = sorted({component.count(".") for component in suffixes}, reverse=True)  # the longest that fits is meant
     result = {}
     for name in checkpoint.tensors:
-        for component, leaf in ordered:
-            if name == component or name.endswith(f".{component}"):
-                result[name] = (name[: len(name) - len(component)] + leaf, component)
-                break
+        for count in dots:
+            before = name.rsplit(".", count + 1)[0] if name.count(".") > count else ""
+            component = name[len(before) + 1 :] if before else name
+            leaf = suffixes.get(component)
+            if leaf is None:
+                continue
+            base = qualified(before, leaf)
+            if base in checkpoint.tensors or name not in found.parameters:
+                result[name] = (base, component)
+            break
     return result
 
 
@@ -147,19 +167,34 @@ def _take_conversions(
         if twice:
             continue
         written.update(dict.fromkeys(conversion.targets, conversion.sources))
+        if not conversion.is_rename:
+            found.assemblies.update(conversion.assemblies or {})
         quantized = [source for source in conversion.sources if source in groups]
         if not quantized:
             found.conversions.append(conversion)
-        elif not conversion.is_rename:
+        elif conversion.is_rename:
+            (source,), (target,) = conversion.sources, conversion.targets
+            found.components[target] = _own(found.parameters[target].leaf, source, checkpoint) | groups.pop(source)
+            found.stored_as[target] = source
+        elif conversion.assemblies is None or len(conversion.targets) > 1:
             found.problems.append(
                 f"parameter {next(iter(conversion.targets))!r} is made from quantized tensors ({quantized[0]!r}, ...) "
                 f"by {conversion.label}, which isn't supported for {_methods(selection)}"
             )
         else:
-            (source,), (target,) = conversion.sources, conversion.targets
-            own = {found.parameters[target].leaf: checkpoint.tensors[source]} if source in checkpoint.tensors else {}
-            found.components[target] = own | groups.pop(source)
-            found.stored_as[target] = source
+            (target,) = conversion.targets
+            found.pieces[target] = Pieces(
+                conversion=conversion,
+                stored={
+                    source: _own(source.rpartition(".")[2], source, checkpoint) | groups.pop(source, {})
+                    for source in conversion.sources
+                },
+            )
+
+
+def _own(component: str, stored: str, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """What is stored under a quantized parameter's own name; methods that have nothing there use other names."""
+    return {component: checkpoint.tensors[stored]} if stored in checkpoint.tensors else {}
 
 
 def _methods(selection: Selection) -> str:
@@ -200,7 +235,7 @@ def _resolve_tied(found: Match, architecture: Architecture, checkpoint: Checkpoi
     by_target = {target: conversion for conversion in found.conversions for target in conversion.targets}
     dropped: set[int] = set()
     for group in TiedGroup.of(tied):
-        outcome = resolve_ties(group, by_target, found.components.keys(), checkpoint)
+        outcome = resolve_ties(group, by_target, found.components.keys() | found.pieces.keys(), checkpoint)
         found.tied.update(outcome.tied)
         for name, reason in outcome.dropped.items():
             conversion = by_target[name]
@@ -257,7 +292,7 @@ def castable(stored: torch.dtype, wanted: torch.dtype) -> bool:
 
 def _take_missing(found: Match, architecture: Architecture, options: LoadOptions) -> None:
     written = {target for conversion in found.conversions for target in conversion.targets}
-    written |= found.components.keys() | found.tied.keys() | found.missing.keys()
+    written |= found.components.keys() | found.pieces.keys() | found.tied.keys() | found.missing.keys()
     for name in found.parameters:
         if name in written:
             continue

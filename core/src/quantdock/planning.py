@@ -13,6 +13,8 @@ import torch
 
 from quantdock.architecture import LoadOutcome, Skeleton
 from quantdock.caching.results import Cached
+from quantdock.calibration.preparing import Calibrating
+from quantdock.calibration.running import Calibrated, calibrate, noted, units_before
 from quantdock.checkpoint import Checkpoint
 from quantdock.config import ModelConfig
 from quantdock.discovery import Catalog
@@ -55,6 +57,8 @@ class Plan:
     hooks: pluggy.PluginManager
     catalog: Catalog
     stopwatch: Stopwatch
+    calibrating: Calibrating | None = None
+    """What is quantized by its activations, and with what data; ``None`` for nothing."""
     cached: Cached = field(default_factory=Cached)
     _executed: bool = field(default=False)
 
@@ -83,7 +87,8 @@ class Plan:
     @property
     def peak_nbytes(self) -> int:
         """Upper bound of resident bytes while loading: the model and what may be in flight."""
-        return self.resident_nbytes + max(min(self.options.budget, self._all_in_flight), self.largest_unit_nbytes)
+        in_flight = max(min(self.options.budget, self._all_in_flight), self.largest_unit_nbytes)
+        return self.resident_nbytes + in_flight + (0 if self.calibrating is None else self.calibrating.nbytes)
 
     @property
     def _all_in_flight(self) -> int:
@@ -118,12 +123,16 @@ class Plan:
         recorder = current()
         recorder.planned(self)
         engine = self._engine()
-        with self.stopwatch.stage("load"), progress_of(self.options.progress) as engine.notify:
-            engine.run(self.cached.units(self.units))
+        with progress_of(self.options.progress) as engine.notify:
+            with self.stopwatch.stage("load"):
+                engine.run(units_before(self, engine))
+            with self.stopwatch.stage("calibrate"):
+                calibrated = calibrate(self, engine)
         with self.stopwatch.stage("cache"):
             self.cached.settle(self)
         with self.stopwatch.stage("postprocess_model"):
-            self.skeleton.architecture.finish(self._outcome())
+            if self.calibrating is None:
+                self.finish()
             dispatch(
                 model,
                 self.placement,
@@ -134,7 +143,7 @@ class Plan:
             self.hooks.hook.postprocess_model(model=model)
             self._check_complete()
         self.checkpoint.close()
-        report = self._report(engine, predicted)
+        report = self._report(engine, predicted, calibrated)
         recorder.loaded(report)
         record = Record(
             report=report,
@@ -164,6 +173,7 @@ class Plan:
             "memory_budget": self.options.budget,
             "largest_unit_nbytes": self.largest_unit_nbytes,
             "peak_nbytes": self.peak_nbytes,
+            "calibration": None if self.calibrating is None else self.calibrating.to_dict(),
             "plugins": [dataclasses.asdict(decision) for decision in self.catalog.decisions],
             "quantization_config": self.quantization_config,
             "cache": self.cached.facts,
@@ -182,6 +192,8 @@ class Plan:
                 for method, amount in ledger.coverage.items()
             ),
         ]
+        if self.calibrating is not None:
+            lines.append(str(self.calibrating))
         if self.cached.state != "off":
             lines.append(f"cache: {cache_line(self.cached.facts)}")
         if self.largest_unit_nbytes > self.options.budget:
@@ -214,8 +226,9 @@ class Plan:
             workers=self.options.worker_count,
         )
 
-    def _outcome(self) -> LoadOutcome:
-        return LoadOutcome(
+    def finish(self) -> None:
+        """Let the architecture initialise, recreate and tie what the checkpoint doesn't have; once."""
+        outcome = LoadOutcome(
             loaded=[target.parameter.name for unit in self.units for target in unit.targets],
             missing=list(self.match.missing),
             tied=self.match.tied,
@@ -223,6 +236,7 @@ class Plan:
             quantizers=[chosen.quantizer for chosen in self.selection],
             quantization_config=self.quantization_config,
         )
+        self.skeleton.architecture.finish(outcome)
 
     def _check_complete(self) -> None:
         """Invariant 1, looked at in the model itself."""
@@ -240,10 +254,10 @@ class Plan:
                 f"{self.skeleton.built_by} should have made them"
             )
 
-    def _report(self, engine: Engine, predicted: int) -> Report:
+    def _report(self, engine: Engine, predicted: int, calibrated: Calibrated) -> Report:
         return Report(
             source=dict(self.source.identity),
-            ledger=self.ledger,
+            ledger=noted(self.ledger, calibrated.notes),
             predicted_nbytes=predicted,
             measured_nbytes=measured_nbytes(self.skeleton.model),
             memory_budget=self.options.budget,
@@ -257,6 +271,7 @@ class Plan:
             broken=dict(self.catalog.broken),
             operations=_operations(),
             cache=self.cached.facts,
+            calibration=calibrated.facts,
         )
 
 

@@ -23,9 +23,7 @@ def assign(selection: Selection, match: Match) -> None:
         mine = {name: d for name, d in match.decisions.items() if d.chosen is chosen}
         chosen.quantizer.parameters = {name: match.parameters[name] for name in mine}
         chosen.quantizer.stored = {
-            name: {part: tensor.spec for part, tensor in match.components[name].items()}
-            for name in mine
-            if name in match.components
+            name: match.stored_specs(name) for name in mine if name in match.components or name in match.pieces
         }
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Self, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_type_hints
 
 import torch
 
+from quantdock.conversion import Assembly
 from quantdock.errors import ConfigError, UnsupportedError
 from quantdock.layout import Capabilities, Layout
-from quantdock.tensors import Parameter, TensorSpec
+from quantdock.tensors import Parameter, StoredTensor, TensorSpec
+
+if TYPE_CHECKING:
+    from quantdock.calibration.block import CalibrationBlock
+    from quantdock.calibration.data import Calibration
 
 _STAGES = ("preprocess_model", "quantize_param", "postprocess_model")
 
@@ -129,6 +134,8 @@ class Quantizer(ABC, Generic[ConfigT]):
         stored: component specs as found in the checkpoint, per parameter; empty when quantizing on load.
         metadata: what the headers of the checkpoint's files say beside their tensors; set before anything is asked.
         stored_as: the name that each parameter stored quantized has in the checkpoint; set before ``refusal``.
+        assemblies: the pieces that a parameter is put together from, where the checkpoint doesn't store it as one
+            tensor; set before ``refusal``.
     """
 
     config_class: ClassVar[type[QuantizationConfig]]
@@ -148,6 +155,7 @@ class Quantizer(ABC, Generic[ConfigT]):
         self.stored: Mapping[str, Mapping[str, TensorSpec]] = {}
         self.metadata: Mapping[str, str] = {}
         self.stored_as: Mapping[str, str] = {}
+        self.assemblies: Mapping[str, Assembly] = {}
 
     # What the core asks -------------------------------------------------------------------------------------------
 
@@ -193,6 +201,48 @@ class Quantizer(ABC, Generic[ConfigT]):
         if problems:
             raise UnsupportedError(f"{parameter.name}: " + "; ".join(sorted(problems)))
         return layout
+
+    def assemble(
+        self, parameter: Parameter, pieces: Mapping[str, Mapping[str, StoredTensor]]
+    ) -> Mapping[str, Assembly]:
+        """How the components of a parameter are put together from those of several quantized pieces.
+
+        Asked where a checkpoint stores one by one what the architecture has as one parameter, such as the experts of a
+        layer. ``self.assemblies[parameter.name]`` says where each piece goes in full precision.
+
+        Args:
+            parameter: which one.
+            pieces: the name of a piece -> component -> stored tensor, with what is stored under the piece's own name
+                by that name's leaf. A piece may lack components, or be in full precision.
+
+        Returns:
+            Component of the parameter -> its shape, and the stored tensors (by their names) that fill it. Each of them
+            has to be used once and as a whole; the dtype is theirs.
+
+        Raises:
+            UnsupportedError: it can't be done; the message names the stored tensor and the reason.
+        """
+        raise UnsupportedError(f"{type(self).__name__} can't put {parameter.name!r} together")
+
+    def stored_in_pieces(self, parameter: Parameter) -> bool:
+        """Whether an architecture that stores ``parameter`` in pieces can save those of its components, too."""
+        return False
+
+    def disassemble(
+        self, parameter: Parameter, exported: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> Mapping[str, torch.Tensor]:
+        """The stored tensors of a parameter for which ``stored_in_pieces`` is true; the reverse of ``assemble``.
+
+        Args:
+            parameter: which one.
+            exported: component -> what ``Architecture.export`` makes of it when it takes the parameter's place: the
+                name of a piece, as if it were in full precision -> the piece's part of the component. One piece with
+                the parameter's name where the architecture stores it as it is.
+
+        Returns:
+            Stored name -> tensor.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes pieces, but has no disassemble")
 
     def saved_config(self, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
         """The ``quantization_config`` of the model when it is saved.
@@ -255,6 +305,40 @@ class Quantizer(ABC, Generic[ConfigT]):
     def finish_slices(self, parameter: Parameter, parts: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The components of ``layout(parameter)``, once every slice is in ``parts``; by default ``parts`` itself."""
         return parts
+
+    def calibration(self) -> Calibration | None:
+        """The data whose activations this load has to look at; ``None`` for a method, or a load, that needs none.
+
+        With data, ``calibrate`` takes the place of ``quantize_param`` for all of ``parameters``.
+        """
+        return None
+
+    def calibrate(self, block: CalibrationBlock) -> Iterator[tuple[Parameter, Mapping[str, torch.Tensor]]]:
+        """Quantize the parameters of one block, in the thread that called ``load`` and without gradients.
+
+        Called for one block after another, in order of execution. At each yield the core puts the dequantized
+        components in the place of the weight, so what the block computes from then on is what it will compute
+        quantized.
+
+        Args:
+            block: in full precision; the blocks before it are quantized already.
+
+        Yields:
+            Each of ``block.parameters`` once, in any order, with the components of ``layout(parameter)``.
+
+        Raises:
+            CalibrationError: its activations can't be used.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for calibration, but has no calibrate")
+
+    def calibration_bytes(self, parameters: Sequence[Parameter], rows: int) -> int:
+        """Bytes that ``calibrate`` allocates at the most, its results not counted.
+
+        Args:
+            parameters: those of one block.
+            rows: tokens of the largest batch.
+        """
+        return 0
 
     def install(self, model: torch.nn.Module, parameter: Parameter, components: Mapping[str, torch.Tensor]) -> None:
         """Put the components of one parameter into the model, on the device they are on.

@@ -13,6 +13,7 @@ import torch
 
 from quantdock.conversion import Assembly
 from quantdock.errors import LoadError, PluginError, QuantdockError
+from quantdock.joining import Joined
 from quantdock.pagecache import release
 from quantdock.placement import DISK
 from quantdock.profiling import Recorder, current
@@ -52,7 +53,8 @@ class Runner:
     def _makers(self, unit: Unit, staging: Staging) -> Iterator[tuple[Target, Callable[[], None]]]:
         """Each target, with what makes it."""
         if unit.conversion is None:
-            yield unit.targets[0], partial(self._install_stored, unit, staging)
+            install = self._install_stored if unit.joined is None else partial(self._install_joined, unit.joined)
+            yield unit.targets[0], partial(install, unit, staging)
         elif (function := unit.conversion.function) is not None:
             results: dict[str, torch.Tensor] = {}
             yield unit.targets[0], partial(self._convert, function, unit, results)
@@ -78,6 +80,19 @@ class Runner:
         with self.recorder.span("place", name):
             target.decision.chosen.quantizer.install(self.model, target.parameter, tensors)
 
+    def _install_joined(self, joined: Joined, unit: Unit, staging: Staging) -> None:
+        """Read each stored tensor straight into its place in a component."""
+        (target,) = unit.targets
+        assert target.decision.chosen is not None
+        assert isinstance(target.device, torch.device), "stored components aren't offloaded"
+        name, sources = target.parameter.name, {source.name: source for source in unit.sources}
+        tensors = {}
+        for component, spec in joined.specs.items():
+            tensors[component] = torch.empty(spec.shape, dtype=spec.dtype, device=target.device)
+            self._fill(tensors[component], name, joined.assemblies[component], sources, staging)
+        with self.recorder.span("place", name):
+            target.decision.chosen.quantizer.install(self.model, target.parameter, tensors)
+
     def _convert(self, function: Convert, unit: Unit, results: dict[str, torch.Tensor]) -> None:
         name = unit.targets[0].parameter.name
         with self.recorder.span("read", name, unit.stored_nbytes):
@@ -99,12 +114,22 @@ class Runner:
                 release(tensor)
             return
         result = torch.empty(spec.shape, dtype=spec.dtype, device="cpu" if target.device == DISK else target.device)
+        self._fill(result, target.parameter.name, assembly, sources, staging)
+        self._finish(target, result, staging)
+
+    def _fill(
+        self,
+        result: torch.Tensor,
+        name: str,
+        assembly: Assembly,
+        sources: Mapping[str, StoredTensor],
+        staging: Staging,
+    ) -> None:
         for piece in assembly.pieces:
             source = sources[piece.source]
-            with self.recorder.span("read", target.parameter.name, source.stored_nbytes):
+            with self.recorder.span("read", name, source.stored_nbytes):
                 view = piece.of(source.read())
                 staging.copy(view, result[piece.into] if piece.into else result, drop=source.reader.maps)
-        self._finish(target, result, staging)
 
     def _finish_result(self, target: Target, results: dict[str, torch.Tensor], staging: Staging) -> None:
         name, spec = target.parameter.name, target.parameter.spec
@@ -141,7 +166,7 @@ class Runner:
         """
         assert target.decision.chosen is not None
         quantizer = target.decision.chosen.quantizer
-        _check_components(quantizer, target.parameter, components)
+        check_components(quantizer, target.parameter, components)
         assert components is not None
         with self.recorder.span("place", target.parameter.name):
             quantizer.install(self.model, target.parameter, components)
@@ -171,10 +196,14 @@ def located(unit: Unit, target: Target) -> Iterator[None]:
         ) from error
 
 
-def _check_components(
+def check_components(
     quantizer: Quantizer[Any], parameter: Parameter, components: Mapping[str, torch.Tensor] | None
 ) -> None:
-    """A plugin's declaration is its word: placement and the prediction rely on it."""
+    """A plugin's declaration is its word: placement and the prediction rely on it.
+
+    Raises:
+        PluginError: it made something else.
+    """
     if components is None:
         raise PluginError(
             f"{type(quantizer).__name__}.quantize_param returned None for {parameter.name!r}, which it took"

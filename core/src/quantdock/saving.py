@@ -46,7 +46,7 @@ def save(model: torch.nn.Module, folder: str | os.PathLike[str], *, max_shard_si
     target = as_path(folder)
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file; name a folder")
-    state = record.architecture.export(_state(model, record))
+    state = _exported(_state(model, record), model, record)
     metadata: dict[str, str] = {}
     for chosen in record.selection:
         metadata |= chosen.quantizer.saved_metadata(model) if chosen.quantizer.parameters else {}
@@ -73,6 +73,20 @@ def _state(model: torch.nn.Module, record: Record) -> dict[str, torch.Tensor]:
     if offloaded:
         state.update(_fetched(model, offloaded))
     return state
+
+
+def _exported(state: dict[str, torch.Tensor], model: torch.nn.Module, record: Record) -> dict[str, torch.Tensor]:
+    """The state dict as the ecosystem stores it, with what it stores in pieces cut up."""
+    pieces: dict[str, torch.Tensor] = {}
+    for chosen in record.selection:
+        quantizer = chosen.quantizer
+        for parameter in filter(quantizer.stored_in_pieces, quantizer.parameters.values()):
+            exported = {}
+            for component in quantizer.components(model, parameter):
+                tensor = state.pop(qualified(parameter.module, component))
+                exported[component] = record.architecture.export({parameter.name: tensor})
+            pieces.update(quantizer.disassemble(parameter, exported))
+    return record.architecture.export(state) | pieces
 
 
 def _fetched(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
@@ -201,7 +215,7 @@ def _dequantize_one(model: torch.nn.Module, quantizer: Any, parameter: Any, dtyp
     value = tensor.to(dtype or parameter.spec.dtype)
     restored.register_parameter(parameter.leaf, torch.nn.Parameter(value))
     for name, other in module.named_parameters(recurse=False):
-        if name in restored._parameters and name != parameter.leaf:
+        if restored is not module and name in restored._parameters and name != parameter.leaf:
             moved = other.detach().to(device=device, dtype=dtype or other.dtype)
             restored.register_parameter(name, torch.nn.Parameter(moved))
     restored.train(module.training)

@@ -10,6 +10,7 @@ import torch
 from quantdock.checkpoint import Checkpoint
 from quantdock.conversion import Assembly, Conversion
 from quantdock.deciding import Decision
+from quantdock.joining import Joined, Pieces
 from quantdock.layout import Slices
 from quantdock.ledger import Action
 from quantdock.matching import Match
@@ -82,9 +83,11 @@ class Unit:
     sources: tuple[StoredTensor, ...]
     targets: tuple[Target, ...]
     conversion: Conversion | None
-    """``None`` when ``sources`` are the components of one parameter that is stored quantized."""
+    """``None`` when ``sources`` are the components of one parameter that is stored quantized, or parts of them."""
     components: tuple[str, ...] = ()
     """Component names of ``sources``, in their order."""
+    joined: Joined | None = None
+    """How components are put together from ``sources``, where each isn't one of them."""
     own: InFlight
     """What is in flight from the unit's beginning to its end; of one that is cut, each slice comes on top."""
     cut: Cut | None = None
@@ -123,22 +126,43 @@ def make_units(match: Match, checkpoint: Checkpoint, placement: Placement, *, wh
     order = {file: index for index, file in enumerate(checkpoint.files)}
     units = [_conversion_unit(conversion, match, checkpoint, placement, whole) for conversion in match.conversions]
     units += [_stored_unit(name, parts, match, placement) for name, parts in match.components.items()]
+    units += [_joined_unit(name, pieces, match, placement) for name, pieces in match.pieces.items()]
     return sorted(units, key=lambda unit: min((order[source.file], source.offset) for source in unit.sources))
 
 
 def _stored_unit(name: str, parts: Mapping[str, StoredTensor], match: Match, placement: Placement) -> Unit:
-    target = Target(
-        parameter=match.parameters[name],
-        action="stored",
-        decision=match.decisions[name],
-        device=placement.device_of(name),
-    )
+    target = _stored_target(name, match, placement)
     sources = tuple(parts.values())
     if target.device in (_CPU, DISK):
         host = sum(source.reader.working_bytes(source) for source in sources if not source.reader.maps)
     else:
         host = STAGING + max((_touched(source) for source in sources), default=0)
     return Unit(sources=sources, targets=(target,), conversion=None, components=tuple(parts), own=InFlight(host=host))
+
+
+def _joined_unit(name: str, pieces: Pieces, match: Match, placement: Placement) -> Unit:
+    target = _stored_target(name, match, placement)
+    sources = tuple(pieces.tensors.values())
+    host = max(map(_touched, sources)) + (STAGING if target.device not in (_CPU, DISK) else 0)
+    joined = target.decision.joined
+    assert joined is not None
+    return Unit(
+        sources=sources,
+        targets=(target,),
+        conversion=None,
+        components=tuple(joined.specs),
+        joined=joined,
+        own=InFlight(host=host),
+    )
+
+
+def _stored_target(name: str, match: Match, placement: Placement) -> Target:
+    return Target(
+        parameter=match.parameters[name],
+        action="stored",
+        decision=match.decisions[name],
+        device=placement.device_of(name),
+    )
 
 
 def _conversion_unit(

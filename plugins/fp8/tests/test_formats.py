@@ -113,6 +113,11 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Tensor], Tensor]] = {
         {"weight_scale": single(2, 1, 3, 1)},
         blocks(single(2, 1, 3, 1).reshape(2, 3), 128, 128),
     ),
+    "DeepSeek-V4": (
+        DEEPSEEK | {"scale_fmt": "ue8m0"},
+        {"scale": exponents(2, 3).view(E8M0)},
+        blocks(torch.exp2(exponents(2, 3).float() - 127), 128, 128),
+    ),
     "MXFP8": (MX, {"weight_scale_inv": exponents(ROWS, 11)}, blocks(torch.exp2(exponents(ROWS, 11) - 127.0), 1, 32)),
     "ModelOpt, MXFP8": (
         NVIDIA | {"quant_algo": "MXFP8"},
@@ -269,15 +274,56 @@ def test_what_does_not_fit_is_an_error(tmp_path: Path, name: str) -> None:
     assert "layer." in str(caught.value)
 
 
+OTHER = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+
+
 def test_a_config_that_stands_in_another_file(tmp_path: Path) -> None:
-    """Model Optimizer also writes ``hf_quant_config.json``; what it says can be given as an override."""
+    """Model Optimizer may write ``hf_quant_config.json`` only."""
     _, beside, _ = FILES["ModelOpt"]
     source = write(tmp_path / "it", None, stored(beside))
     with pytest.raises(quantdock.LedgerError, match="quantization_config"):
         quantdock.load(source, model=Model)
-    other = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
-    overrides = {"quantization_config": {"quant_method": "modelopt", **other}}
-    model = quantdock.load(source, model=Model, config_overrides=overrides)
+    (source / "hf_quant_config.json").write_text(json.dumps(OTHER))
+    plan = quantdock.plan(source, model=Model)
+    assert plan.config.origin.endswith("config.json and hf_quant_config.json")
+    model = plan.execute()
+    assert isinstance(model.get_submodule("layer"), Fp8Linear)
+    written = quantdock.save(model, tmp_path / "saved") / "config.json"
+    assert json.loads(written.read_text())["quantization_config"]["quant_algo"] == "FP8"
+
+
+def test_a_config_in_another_file_is_no_reason_to_guess(tmp_path: Path) -> None:
+    """What ``config.json`` says holds, an unknown algorithm is an error, and one for the cache alone is none."""
+    _, beside, _ = FILES["ModelOpt, blocks"]
+    source = write(tmp_path / "it", FILES["ModelOpt, blocks"][0], stored(beside))
+    (source / "hf_quant_config.json").write_text(json.dumps(OTHER))
+    assert isinstance(quantdock.load(source, model=Model).get_submodule("layer"), Fp8Linear)
+
+    plain = write(tmp_path / "plain", None, {name: torch.zeros_like(p) for name, p in Model().state_dict().items()})
+    for algorithm in ("NVFP4", None):
+        other = {"quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8"}}
+        (plain / "hf_quant_config.json").write_text(json.dumps(other))
+        if algorithm is None:
+            assert type(quantdock.load(plain, model=Model).get_submodule("layer")) is nn.Linear
+        else:
+            with pytest.raises(quantdock.ConfigError, match="quant_algo is 'NVFP4', expected one of 'FP8'"):
+                quantdock.load(plain, model=Model)
+
+
+class Scaled(Model):
+    """With a parameter that is called as DeepSeek-V4 calls the scale of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Module()
+        self.norm.scale = nn.Parameter(torch.ones(ROWS, dtype=torch.bfloat16))
+
+
+def test_a_parameter_that_is_called_like_a_scale(tmp_path: Path) -> None:
+    scale = torch.randn(ROWS).bfloat16()
+    tensors = stored({"scale": exponents(2, 3).view(E8M0)}) | {"norm.scale": scale}
+    model = quantdock.load(write(tmp_path / "it", DEEPSEEK, tensors), model=Scaled)
+    assert same_bits(model.get_parameter("norm.scale").data, scale)
     assert isinstance(model.get_submodule("layer"), Fp8Linear)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import quantdock
 from quantdock.testing import QuantizerConformance, SmallModel, write_checkpoint
@@ -47,4 +49,43 @@ def test_same_bits_as_on_the_cpu(tmp_path: Path, preset: str) -> None:
             left, right = (one.cpu().reshape(-1).view(torch.uint8) for one in (found[name], tensor))
             assert torch.equal(left, right), name
     restored = [quantdock.dequantize(model).get_parameter("extra.weight").cpu() for model in models]
+    assert torch.equal(*restored)
+
+
+class Experts(nn.Module):
+    """Multiplies each row with the matrix of its expert, in each of the ways that models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(3, 200, 330, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one_by_one = [nn.functional.linear(x[number], self.gate_up_proj[number]) for number in range(3)]
+        batched = torch.bmm(x, self.gate_up_proj.transpose(1, 2))
+        return torch.stack([torch.stack(one_by_one), batched])
+
+
+class WithExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+
+@pytest.mark.parametrize("preset", ["fp8", "fp8-row", "fp8-block"])
+def test_experts_have_the_bits_of_the_cpu(tmp_path: Path, preset: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 200, 330, generator=generator).bfloat16()
+    save_file({"experts.gate_up_proj": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    here, there = (
+        quantdock.load(tmp_path, model=WithExperts, quantize=preset, device_map=device) for device in ("cpu", "cuda")
+    )
+    for name, tensor in here.state_dict().items():
+        left, right = (one.cpu().reshape(-1).view(torch.uint8) for one in (there.state_dict()[name], tensor))
+        assert torch.equal(left, right), name
+    x = torch.randn(3, 5, 330, generator=generator).bfloat16()
+    with torch.no_grad():
+        expected, found = here.experts(x), there.experts(x.cuda()).cpu()
+    assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
+    restored = [quantdock.dequantize(model).get_parameter("experts.gate_up_proj").cpu() for model in (here, there)]
     assert torch.equal(*restored)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-from quantdock import Parameter, TensorSpec, ops
-from quantdock_fp8 import codes
+from quantdock import Parameter, TensorSpec
 from quantdock_fp8.config import FbgemmFp8Config, Fp8Config
 from quantdock_fp8.quantizer import FbgemmFp8Quantizer, Fp8Quantizer
 from quantdock_fp8.scheme import Rule
@@ -100,37 +98,3 @@ def test_fbgemm(rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
     ours = quantized(FbgemmFp8Quantizer(FbgemmFp8Config()), tensor)
     assert same_bits(ours["weight"], expected)
     assert same_bits(ours["weight_scale"], scale)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    rows=st.integers(1, 50),
-    columns=st.integers(1, 90),
-    block=st.tuples(st.integers(1, 60), st.integers(1, 100)),
-    rule=rules,
-    dtype=dtypes,
-    seed=st.integers(0, 2**32),
-)
-def test_what_other_devices_run_gives_the_bits_of_the_cpu(
-    rows: int, columns: int, block: tuple[int, int], rule: Rule, dtype: torch.dtype, seed: int
-) -> None:
-    tensor = matrix(rows, columns, dtype, seed)
-    assert same_bits(codes.largest_in_torch(tensor, block), codes.largest(tensor, block))
-    scales = ops.fp8_scales(codes.largest(tensor, block), rule=rule)
-    expected, found = (torch.empty_like(tensor, dtype=torch.float8_e4m3fn) for _ in range(2))
-    codes.encode(tensor, scales, block, expected)
-    codes.encode_in_torch(tensor, scales, block, found)
-    assert same_bits(found, expected)
-    out = torch.empty_like(tensor)
-    codes.decode_in_torch(expected, scales.stored, block, out)
-    assert same_bits(out, codes.decode(expected, scales.stored, block, dtype))
-
-
-@pytest.mark.parametrize("large", [codes._PIECE - 7, codes._PIECE + 7])
-def test_in_several_pieces(large: int) -> None:
-    tensor = matrix(3, large, torch.bfloat16, 0)
-    scales = ops.fp8_scales(codes.largest_in_torch(tensor, (2, 1000)), rule="reciprocal")
-    expected, found = (torch.empty_like(tensor, dtype=torch.float8_e4m3fn) for _ in range(2))
-    codes.encode(tensor, scales, (2, 1000), expected)
-    codes.encode_in_torch(tensor, scales, (2, 1000), found)
-    assert same_bits(found, expected)

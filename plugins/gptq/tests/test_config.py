@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantdock import ConfigError
-from quantdock_gptq.config import GPTQConfig, Settings
+from quantdock_gptq.config import GPTQConfig, Search, Settings
 
 AUTOGPTQ = {
     "bits": 4,
@@ -99,6 +99,7 @@ def test_the_first_pattern_that_matches_counts(module: str, expected: tuple[int,
         ({"sym": 1}, r"GPTQConfig.sym is 1"),
         ({"pack_dtype": "int64"}, r"GPTQConfig.pack_dtype is 'int64', expected 'int32'"),
         ({"compute_dtype": "int8"}, r"GPTQConfig.compute_dtype is torch.int8"),
+        ({"damp_percent": 1.5}, r"GPTQConfig.damp_percent is 1.5, expected a number between 0 and 1"),
         ({"meta": []}, r"GPTQConfig.meta is \[\]"),
         ({"dynamic": []}, r"GPTQConfig.dynamic is \[\]"),
         ({"dynamic": {"-:(": {}}}, r"GPTQConfig.dynamic\['-:\('\] is no regular expression"),
@@ -111,6 +112,24 @@ def test_the_first_pattern_that_matches_counts(module: str, expected: tuple[int,
 def test_what_does_not_fit_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPTQConfig.from_dict({"bits": 4} | fields)
+
+
+def test_how_codes_are_found() -> None:
+    assert GPTQConfig().search("x") == Search(damp_percent=0.1, static_groups=False, act_group_aware=True)
+    assert not GPTQConfig(desc_act=True).search("x").act_group_aware
+    assert not GPTQConfig(act_group_aware=False).search("x").act_group_aware
+    assert not GPTQConfig(static_groups=True).search("x").act_group_aware
+
+
+def test_data_are_no_part_of_a_checkpoint() -> None:
+    config = GPTQConfig(dataset=["a text"], tokenizer="folder", model_seqlen=64, batch_size=4)
+    assert config.to_dict() == GPTQConfig().to_dict()
+    assert config == GPTQConfig()
+    assert "a text" not in repr(config)
+    stored = GPTQConfig.from_dict(TRANSFORMERS)
+    assert stored.overridden_by(GPTQConfig(bits=3, group_size=-1)) == stored
+    with pytest.raises(ConfigError, match="already quantized, so there is nothing to calibrate with batch_size="):
+        stored.overridden_by(config)
 
 
 def test_bits_have_to_be_given() -> None:

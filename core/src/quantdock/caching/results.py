@@ -174,6 +174,8 @@ def _why_not(plan: Plan) -> str | None:
         return "plugins= are objects without an identity"
     if options.trust_remote_code:
         return "trust_remote_code=True runs code without an identity"
+    if plan.calibrating is not None:
+        return "calibration looks at data that isn't in the key, and may change more than it quantizes; save the model"
     if plan.placement.offloads:
         return "a part of the model goes to disk"
     unsaved = [chosen.label for chosen in plan.selection if not chosen.quantizer.capabilities.save]

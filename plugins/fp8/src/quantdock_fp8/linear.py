@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from quantdock import TensorSpec
 from quantdock_fp8 import codes
-from quantdock_fp8.scheme import WEIGHT_DTYPE, Block, as_grid, scale_of
+from quantdock_fp8.bits import Bits
+from quantdock_fp8.scheme import Block, as_grid, grid, scale_of
 
 _CPU_ROWS = 128
 """Rows of a weight that are decoded at a time, so that the cache holds them until they are used."""
@@ -19,10 +20,8 @@ _CPU_ROWS = 128
 _DEVICE_ELEMENTS = 1 << 24
 """Elements that are decoded at a time on other devices, where a multiplication must not be too small."""
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
-
-class Fp8Linear(nn.Linear):
+class Fp8Linear(Bits, nn.Linear):
     """A linear layer whose weight is decoded for each use, a part at a time; activations aren't quantized.
 
     It computes with the weight that ``quantdock.dequantize`` gives: codes times scales in float32, rounded once to the
@@ -49,44 +48,32 @@ class Fp8Linear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        scales = as_grid(self.get_buffer(self.scale_name), self.weight.shape, self.block)
-        own = self._parameters["bias"]
-        bias = None if own is None else own.to(input.dtype)
-        result: Tensor = _Multiply.apply(input, self.weight, scales, self.block, bias)  # type: ignore[no-untyped-call]
-        return result
+        down, across = grid(tuple(self.weight.shape), self.block)
+        scales = as_grid(self.get_buffer(self.scale_name), down, across)
+        return multiply(input, self.weight, scales, self.block, self._parameters["bias"])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
-        """Move the layer. Codes and scales are bits to ``fn``, so that a change of dtype passes them by."""
-        stored = [self.weight, *self._buffers.values()]
-
-        def move(tensor: Tensor) -> Tensor:
-            if not any(tensor is part for part in stored):
-                return fn(tensor)
-            return fn(tensor.view(_BITS[tensor.dtype.itemsize])).view(tensor.dtype)
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickles and copies. torch can't pickle storages of 8-bit floats (2.13), so they go as their bytes."""
-        state = self.__dict__ | {"_parameters": self._parameters.copy(), "_buffers": self._buffers.copy()}
-        state["_parameters"]["weight"] = self.weight.data.view(torch.uint8)
-        state["_exponents"] = [name for name, tensor in self._buffers.items() if _is_exponents(tensor)]
-        for name in state["_exponents"]:
-            state["_buffers"][name] = self.get_buffer(name).view(torch.uint8)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        exponents = state.pop("_exponents")
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._parameters["weight"] = nn.Parameter(self.weight.view(WEIGHT_DTYPE), requires_grad=False)
-        for name in exponents:
-            self._buffers[name] = self.get_buffer(name).view(torch.float8_e8m0fnu)
+    def _bits(self) -> list[str]:
+        return ["weight", *self._buffers]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block={list(self.block)}"
+
+
+def multiply(input: Tensor, weight: Tensor, scales: Tensor, block: Block, bias: Tensor | None) -> Tensor:
+    """``nn.functional.linear`` with a weight in 8-bit floats, in the dtype of the input or of autocast.
+
+    Args:
+        input: ``[..., columns]``.
+        weight: codes ``[rows, columns]``.
+        scales: float32 ``[blocks down, blocks across]``.
+        block: rows and columns that share a scale.
+        bias: ``[rows]``.
+    """
+    if torch.is_autocast_enabled(input.device.type):
+        input = input.to(torch.get_autocast_dtype(input.device.type))
+    own = None if bias is None else bias.to(input.dtype)
+    result: Tensor = _Multiply.apply(input, weight, scales, block, own)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Multiply(torch.autograd.Function):
@@ -115,10 +102,6 @@ class _Multiply(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return of_input, None, None, None, of_bias
-
-
-def _is_exponents(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype == torch.float8_e8m0fnu
 
 
 def _rows_at_a_time(weight: Tensor, block: Block) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdock import (
+    Assembly,
     Capabilities,
     ConfigError,
     Layout,
@@ -17,15 +18,18 @@ from quantdock import (
     Quantizer,
     SkipList,
     Slices,
+    StoredTensor,
     TensorSpec,
     UnsupportedError,
     hookimpl,
     ops,
 )
-from quantdock_fp8 import codes
+from quantdock_fp8 import codes, experts
 from quantdock_fp8.config import FbgemmFp8Config, FloatConfig, Fp8Config, ModelOptConfig, Mxfp8Config
 from quantdock_fp8.linear import Fp8Linear
-from quantdock_fp8.scheme import EXTRA_NAMES, SCALE_NAMES, Block, as_grid, scale_of
+from quantdock_fp8.pieces import assemble, disassemble, parts_of
+from quantdock_fp8.scheme import EXTRA_NAMES, SCALE_NAMES, STACKED_LEAVES, Block, Tiling, component_of, scale_of
+from quantdock_fp8.stack import decode
 
 _DEVICES = ("cpu", "cuda", "xpu")
 _LINEAR = ("linear", "linear-transposed")
@@ -36,53 +40,85 @@ ConfigT = TypeVar("ConfigT", bound=FloatConfig)
 
 
 class FloatQuantizer(Quantizer[ConfigT]):
-    """Weights of linear layers in float8_e4m3fn, with the scales that the config describes."""
+    """Weights of linear layers and of experts in float8_e4m3fn, with the scales that the config describes."""
 
     def __init__(self, config: ConfigT, *, prequantized: bool = False) -> None:
         super().__init__(config, prequantized=prequantized)
         self._scheme = config.scheme
         self._skipped = SkipList(config.skipped)
+        self._cuts: dict[str, int | None] = {}
 
     # What the core asks -------------------------------------------------------------------------------------------
 
     def refusal(self, parameter: Parameter) -> str | None:
-        if parameter.leaf != "weight" or parameter.module_type is not nn.Linear:
-            # Classes that inherit from it may use their weight in other ways, as nn.MultiheadAttention's does.
-            return f"in {parameter.module_type.__name__}: 8-bit floats are for the weights of nn.Linear only"
-        if not parameter.module:
-            return "the model is a linear layer itself: layers are swapped inside of a model"
         if not parameter.spec.numel:
             return "it has no elements"
+        if self._may_be_experts(parameter):
+            if self._cut(parameter) is None:
+                return "the checkpoint has it in pieces that aren't rows of equal numbers"
+        elif parameter.leaf != "weight" or parameter.module_type is not nn.Linear:
+            # Classes that inherit from it may use their weight in other ways, as nn.MultiheadAttention's does.
+            kind = parameter.module_type.__name__
+            return f"in {kind}: 8-bit floats are for the weights of nn.Linear and of experts only"
+        elif not parameter.module:
+            return "the model is a linear layer itself: layers are swapped inside of a model"
         if not self.prequantized:  # what is stored quantized is loaded quantized, whatever the list says
             entry = self._skipped.match(parameter.module)
             if entry is not None:
                 return f"modules_to_not_convert={entry!r}"
         return None
 
+    def _may_be_experts(self, parameter: Parameter) -> bool:
+        """Whether a parameter is what transformers quantizes beside linear layers (``replace_with_fp8_linear``); what
+        is stored quantized is whatever the checkpoint says."""
+        if len(parameter.spec.shape) != 3 or parameter.module_type.__module__.startswith("torch."):
+            return False
+        return self.prequantized or parameter.module.rpartition(".")[2] == "experts"
+
     def layout(self, parameter: Parameter) -> Layout:
-        components = self._scheme.made(parameter)
-        shape, block = parameter.spec.shape, self._block(parameter, components)
-        working = codes.working_bytes(shape, block, parameter.spec.dtype.itemsize)
-        # One scale for a whole weight is known only when all of it has been seen.
-        whole = self._scheme.granularities[0] == "tensor"
-        slices = None if whole else Slices(multiple=block[0], working_bytes=working)
-        return Layout(components=components, working_bytes=working, slices=slices)
+        components = self._scheme.made(parameter, self._parts(parameter))
+        shape, tiling = parameter.spec.shape, self._tiling(parameter, components)
+        matrix = (shape[-2] // tiling.parts, shape[-1])
+        working = codes.working_bytes(matrix, tiling.block, parameter.spec.dtype.itemsize)
+        slices = Slices(multiple=tiling.block[0] if len(shape) == 2 else 1, working_bytes=working)
+        # One scale for a whole weight is known only when all of it has been seen; of experts, each has its own.
+        whole = len(shape) == 2 and self._scheme.granularities[0] == "tensor"
+        return Layout(components=components, working_bytes=working, slices=None if whole else slices)
 
     def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
-        return Layout(components=self._scheme.stored(parameter, found))
+        return Layout(components=self._scheme.stored(parameter, found, self._parts(parameter)))
 
     def companions(self) -> Mapping[str, str]:
-        return dict.fromkeys((*SCALE_NAMES, *EXTRA_NAMES), "weight")
+        names = (*SCALE_NAMES, *EXTRA_NAMES)
+        return {component_of(name, leaf): leaf for leaf in ("weight", *STACKED_LEAVES) for name in names}
+
+    def assemble(
+        self, parameter: Parameter, pieces: Mapping[str, Mapping[str, StoredTensor]]
+    ) -> Mapping[str, Assembly]:
+        return assemble(parameter, self.assemblies[parameter.name], pieces, self._scheme)
+
+    def stored_in_pieces(self, parameter: Parameter) -> bool:
+        return len(parameter.spec.shape) == 3
+
+    def disassemble(self, parameter: Parameter, exported: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        components = self.layout_of(parameter).components
+        called = {component_of(name, parameter.leaf): name for name in ("weight", *SCALE_NAMES, *EXTRA_NAMES)}
+        each = parameter.spec.shape[0] * max(1, self._parts(parameter))
+        one = [component_of(name, parameter.leaf) for name in EXTRA_NAMES]
+        if "tensor" in self._scheme.granularities:
+            one += [name for name, spec in components.items() if spec.numel == each]
+        tiling = self._tiling(parameter, components)
+        return disassemble(parameter, exported, companions=called, tiling=tiling, single=one)
 
     def saved_config(self, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-        """The config, with the linear layers that were left alone listed: transformers would look for quantized
-        tensors in all that aren't."""
+        """The config, with the linear layers and experts that were left alone listed: transformers would look for
+        quantized tensors in all that aren't."""
         config = self.config.to_dict()
         if not self.prequantized:
             left = {
                 parameter.module
                 for name, parameter in parameters.items()
-                if parameter.role in _LINEAR and name not in self.parameters
+                if (parameter.role in _LINEAR or self._may_be_experts(parameter)) and name not in self.parameters
             }
             taken = [parameter.module for parameter in self.parameters.values()]
             config["modules_to_not_convert"] = self._skipped.extended(left, taken)
@@ -105,9 +141,13 @@ class FloatQuantizer(Quantizer[ConfigT]):
         swapped: dict[nn.Module, nn.Module] = {}
         for parameter in self.parameters.values():
             old = model.get_submodule(parameter.module)
-            assert isinstance(old, nn.Linear)
             components = self.layout_of(parameter).components
-            swapped[old] = Fp8Linear(old, components, self._block(parameter, components))
+            tiling = self._tiling(parameter, components)
+            if len(parameter.spec.shape) == 3:
+                experts.hold(old, parameter.leaf, components, tiling, parameter.spec.dtype)
+            else:
+                assert isinstance(old, nn.Linear)
+                swapped[old] = Fp8Linear(old, components, tiling.block)
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if child in swapped:
@@ -122,23 +162,50 @@ class FloatQuantizer(Quantizer[ConfigT]):
         return parts
 
     def quantize_slice(self, parameter: Parameter, tensor: Tensor, start: int, parts: Mapping[str, Tensor]) -> None:
-        scale = parts[self._scheme.scale_name]
-        block = self._block(parameter, {self._scheme.scale_name: TensorSpec.of(scale)})
-        found = ops.fp8_scales(codes.largest(tensor, block), rule=self._scheme.rule)
-        stop = start + len(tensor)
-        mine = scale[start // block[0] : -(-stop // block[0])] if scale.dim() else scale
-        mine.copy_(found.stored.reshape(mine.shape))
-        codes.encode(tensor, found, block, parts[parameter.leaf][start:stop])
+        name = component_of(self._scheme.scale_name, parameter.leaf)
+        scale, stop = parts[name], start + len(tensor)
+        tiling = self._tiling(parameter, {name: TensorSpec.of(scale)})
+        if tensor.dim() == 2:
+            mine = scale[start // tiling.block[0] : -(-stop // tiling.block[0])] if scale.dim() else scale
+            self._encode(tensor, tiling.block, parts[parameter.leaf][start:stop], mine)
+            return
+        grid = tiling.grid((tensor.shape[1], tensor.shape[2]))
+        for matrix, into, own in zip(tensor, parts[parameter.leaf][start:stop], scale[start:stop], strict=True):
+            for rows, down in tiling.ranges(len(matrix)):
+                self._encode(matrix[rows], tiling.block, into[rows], own.view(grid)[down])
+
+    def _encode(self, matrix: Tensor, block: Block, into: Tensor, scale: Tensor) -> None:
+        """Write the codes of a matrix, and its scales."""
+        found = ops.fp8_scales(ops.block_magnitudes(matrix, block=block), rule=self._scheme.rule)
+        scale.copy_(found.stored.reshape(scale.shape))
+        codes.encode(matrix, found, block, into)
 
     def dequantize(self, components: Mapping[str, Tensor], parameter: Parameter) -> Tensor:
-        scale = components[scale_of(components)]
-        block = self._block(parameter, {name: TensorSpec.of(tensor) for name, tensor in components.items()})
-        scales = as_grid(scale, parameter.spec.shape, block)
-        return codes.decode(components[parameter.leaf], scales, block, parameter.spec.dtype)
+        tiling = self._tiling(parameter, {name: TensorSpec.of(tensor) for name, tensor in components.items()})
+        scale = components[scale_of(components, parameter.leaf)]
+        return decode(components[parameter.leaf], scale, tiling, parameter.spec.dtype)
 
-    def _block(self, parameter: Parameter, components: Mapping[str, TensorSpec]) -> Block:
-        """Rows and columns that share a scale, which the scale's shape tells."""
-        return self._scheme.stored_blocks(parameter.spec.shape)[components[scale_of(components)].shape]
+    def restore_module(self, module: nn.Module, parameter: Parameter) -> nn.Module:
+        if len(parameter.spec.shape) == 2:
+            return super().restore_module(module, parameter)
+        experts.let_go(module, parameter.leaf)
+        return module
+
+    def _parts(self, parameter: Parameter) -> int:
+        return self._cut(parameter) or 0
+
+    def _cut(self, parameter: Parameter) -> int | None:
+        """See ``parts_of``, which looks at every piece."""
+        if parameter.name not in self.assemblies:
+            return 0
+        if parameter.name not in self._cuts:
+            self._cuts[parameter.name] = parts_of(self.assemblies[parameter.name], parameter.spec.shape)
+        return self._cuts[parameter.name]
+
+    def _tiling(self, parameter: Parameter, components: Mapping[str, TensorSpec]) -> Tiling:
+        """Which elements share a scale, which the scale's shape tells."""
+        shape = components[scale_of(components, parameter.leaf)].shape
+        return self._scheme.tilings(parameter.spec.shape, self._parts(parameter))[shape]
 
 
 class Fp8Quantizer(FloatQuantizer[Fp8Config]):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,6 +21,10 @@ _FLAGS = ("desc_act", "sym", "lm_head")
 _OVERRIDES = frozenset({"bits", "group_size", "desc_act", "sym"})
 _CALIBRATION = frozenset({"act_group_aware", "damp_auto_increment", "damp_percent", "mse", "static_groups"})
 """Fields that say how codes were found, and nothing about what they stand for."""
+_DATA = frozenset({"batch_size", "dataset", "model_seqlen", "tokenizer"})
+"""Fields of calibration data, which no checkpoint keeps."""
+DAMPING = 0.1
+"""``damp_percent`` where nobody says: transformers' choice. gptqmodel's is 0.05, which fits more to few samples."""
 _DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 _OPTIONAL = (
     *("static_groups", "act_group_aware", "damp_percent", "true_sequential", "dynamic"),
@@ -44,6 +49,18 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Search:
+    """How codes are found for one module."""
+
+    damp_percent: float
+    """Of the Hessian's mean diagonal, added to its diagonal."""
+    static_groups: bool
+    """Scales come from the weights as they were; else from what earlier inputs' errors have made of them."""
+    act_group_aware: bool
+    """Inputs in order of their activations inside of groups, and groups in the order of their largest."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GPTQConfig(QuantizationConfig):
     """GPTQ in 2, 3, 4 or 8 bits; fields as gptqmodel, transformers and AutoGPTQ write them.
 
@@ -55,9 +72,8 @@ class GPTQConfig(QuantizationConfig):
     ignored_fields: ClassVar[frozenset[str]] = frozenset(
         {
             # transformers: how to calibrate, and which of its kernels to take
-            *("backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "dataset", "disable_exllama"),
-            *("exllama_config", "max_input_length", "model_seqlen", "module_name_preceding_first_block"),
-            *("pad_token_id", "tokenizer", "use_cuda_fp16", "use_exllama"),
+            *("backend", "block_name_to_quantize", "cache_block_outputs", "disable_exllama", "exllama_config"),
+            *("max_input_length", "module_name_preceding_first_block", "pad_token_id", "use_cuda_fp16", "use_exllama"),
             # AutoGPTQ and gptqmodel: how to calibrate, and where the files were
             *("damp_auto_increment", "model_file_base_name", "model_name_or_path", "mse"),
             # AutoRound, which writes this format too
@@ -83,13 +99,27 @@ class GPTQConfig(QuantizationConfig):
     fields; ``-:``: the module isn't quantized. The first that matches counts."""
     static_groups: bool | None = None
     act_group_aware: bool | None = None
+    """Taken for true where inputs are in order (``desc_act`` and ``static_groups`` are false)."""
     damp_percent: float | None = None
+    """Of the Hessian's mean diagonal, added to its diagonal; 0.1 if not given. More, by 0.01 each time, where that
+    isn't enough to invert it."""
     true_sequential: bool | None = None
+    """Layers of a block see what the quantized layers before them make of their inputs; true if not given."""
     modules_in_block_to_quantize: Any = None
+    """Lists of module names, from the block on; the rest of the linear layers isn't quantized."""
     meta: Mapping[str, Any] | None = None
     """Who made the checkpoint."""
     compute_dtype: torch.dtype | None = runtime(None)
     """What layers compute in; their input's dtype, when it is ``None``. quantdock's own field."""
+    dataset: Any = field(default=None, compare=False, repr=False)
+    """Samples to calibrate with: a list of texts, of token ids, or of mappings of model inputs. Without, weights are
+    rounded to nearest. Not saved."""
+    tokenizer: Any = field(default=None, compare=False, repr=False)
+    """For texts: a tokenizer, the path of one, or ``None`` for the source's own. Not saved."""
+    batch_size: int = field(default=1, compare=False)
+    """Samples of equal length that go through the model together. Not saved."""
+    model_seqlen: int | None = field(default=None, compare=False)
+    """Tokens to which texts are cut. Not saved."""
 
     def __post_init__(self) -> None:
         for name in _FLAGS:
@@ -97,6 +127,9 @@ class GPTQConfig(QuantizationConfig):
         _expect_sizes("GPTQConfig", {"bits": self.bits, "group_size": self.group_size})
         self._expect("checkpoint_format", isinstance(self.checkpoint_format, str), "a name")
         self._expect("pack_dtype", self.pack_dtype == "int32", "'int32'")
+        damping: Any = self.damp_percent
+        in_range = damping is None or (isinstance(damping, int | float) and 0 < damping < 1)
+        self._expect("damp_percent", in_range, "a number between 0 and 1")
         self._expect("compute_dtype", self.compute_dtype in _DTYPES, "float16, bfloat16, float32 or none")
         for name in ("meta", "dynamic"):
             self._expect(name, isinstance(getattr(self, name), Mapping | None), "an object")
@@ -118,6 +151,40 @@ class GPTQConfig(QuantizationConfig):
                 values |= {name: value for name, value in overrides.items() if name in _OVERRIDES}
                 break
         return Settings(**values)
+
+    def search(self, module: str) -> Search:
+        """How codes are found for a module that is calibrated."""
+        names = ("damp_percent", "static_groups", "act_group_aware", "desc_act")
+        values = {name: getattr(self, name) for name in names}
+        for pattern, overrides in (self.dynamic or {}).items():
+            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+                values |= {name: value for name, value in overrides.items() if name in values}
+                break
+        ordered = values["desc_act"] or values["static_groups"]
+        return Search(
+            damp_percent=values["damp_percent"] or DAMPING,
+            static_groups=bool(values["static_groups"]),
+            act_group_aware=values["act_group_aware"] is not False and not ordered,
+        )
+
+    def search_as_written(self) -> dict[str, Any]:
+        """The fields of how codes were found, with the defaults that were in force."""
+        return dataclasses.asdict(self.search("")) | {"true_sequential": self.true_sequential is not False}
+
+    def overridden_by(self, other: Self, asked: Collection[str] | None = None) -> Self:
+        """See ``QuantizationConfig``; what a checkpoint doesn't keep isn't compared.
+
+        Raises:
+            ConfigError: calibration data for a checkpoint that is quantized already; or see there.
+        """
+        given = [name for name in sorted(_DATA & other.beside_defaults()) if vars(other)[name] is not vars(self)[name]]
+        if given:
+            raise ConfigError(
+                f"the checkpoint is already quantized, so there is nothing to calibrate with {given[0]}=. Drop it, or "
+                "load the unquantized checkpoint"
+            )
+        names = self.runtime_fields() | other.beside_defaults() if asked is None else frozenset(asked)
+        return super().overridden_by(other, names - _DATA)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -146,7 +213,7 @@ class GPTQConfig(QuantizationConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object with the names that gptqmodel writes; what isn't known is left out."""
-        values = super().to_dict()
+        values = {name: value for name, value in super().to_dict().items() if name not in _DATA}
         values |= {"method": "gptq", "format": self.checkpoint_format}
         return {
             name: copy.deepcopy(value) for name, value in values.items() if name not in _OPTIONAL or value is not None

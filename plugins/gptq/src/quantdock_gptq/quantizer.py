@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from quantdock import (
+    Calibration,
+    CalibrationBlock,
     Capabilities,
     Layout,
     Parameter,
@@ -23,7 +25,7 @@ from quantdock import (
     hookimpl,
     linears,
 )
-from quantdock_gptq import rounding
+from quantdock_gptq import calibrating, rounding
 from quantdock_gptq.config import BITS, FORMATS, GPTQConfig, Settings
 from quantdock_gptq.modules import GPTQLinear, GPTQWeight
 
@@ -60,6 +62,7 @@ class GPTQQuantizer(Quantizer[GPTQConfig]):
         # Others leave g_idx out where inputs are in order; what was saved here has it.
         self._written_here = isinstance(quantizers, list) and any(str(name).startswith(_NAME) for name in quantizers)
         self._by_module: dict[str, Settings | None] = {}
+        self._data = None if prequantized or config.dataset is None else _data(config)
 
     # What the core asks -------------------------------------------------------------------------------------------
 
@@ -74,6 +77,8 @@ class GPTQQuantizer(Quantizer[GPTQConfig]):
             return "it has no elements"
         if self._of(parameter.module) is None:
             return "dynamic leaves it alone ('-:')"
+        if not self.prequantized and not _named(parameter.module, self.config.modules_in_block_to_quantize):
+            return "modules_in_block_to_quantize leaves it out"
         return None
 
     def layout(self, parameter: Parameter) -> Layout:
@@ -84,10 +89,10 @@ class GPTQQuantizer(Quantizer[GPTQConfig]):
                 f"{parameter.name}: groups of {size} don't divide its {inputs} inputs; choose a group_size that does, "
                 "or -1 for one group, or leave this parameter out"
             )
-        if settings.desc_act:
+        if settings.desc_act and self._data is None:
             raise UnsupportedError(
                 f"{parameter.name}: desc_act orders inputs by their activations, and there are none when weights are "
-                "rounded while loading; set desc_act to false"
+                "rounded while loading; set desc_act to false, or give the config a dataset to calibrate with"
             )
         working = rounding.working_bytes(outputs, inputs)
         slices = Slices(dim=int(parameter.role != "linear"), multiple=_SLICE, working_bytes=working)
@@ -134,8 +139,10 @@ class GPTQQuantizer(Quantizer[GPTQConfig]):
         heads = {module for module in left if module.rpartition(".")[2] == "lm_head"}  # which lm_head=false leaves out
         alone: dict[str, Mapping[str, Any]] = {f"-:^{re.escape(module)}$": {} for module in sorted(left - heads)}
         dynamic = alone | dict(self.config.dynamic or {})
+        search = {} if self._data is None else self.config.search_as_written()
         return dataclasses.replace(
             self.config,
+            **search,
             lm_head=any(module.rpartition(".")[2] == "lm_head" for module in taken),
             dynamic=dynamic or None,
             meta=self.config.meta or {"quantizer": [f"{_NAME}:{version(_NAME)}"]},
@@ -185,6 +192,19 @@ class GPTQQuantizer(Quantizer[GPTQConfig]):
                 f"{parameter.name} has weights that are infinite, not numbers, or too large for a scale in "
                 f"{rounding.SCALE_DTYPE}; leave it out, or repair the checkpoint"
             )
+
+    def calibration(self) -> Calibration | None:
+        return self._data
+
+    def calibrate(self, block: CalibrationBlock) -> Iterator[tuple[Parameter, Mapping[str, Tensor]]]:
+        for parameter, found in calibrating.quantize_block(block, self.config, less_one=self._less_one):
+            components = self.quantize_param(parameter, block.weight(parameter)) if found is None else found
+            assert components is not None, "it is one of this quantizer's"
+            yield parameter, components
+
+    def calibration_bytes(self, parameters: Sequence[Parameter], rows: int) -> int:
+        sequential = self.config.true_sequential is not False
+        return calibrating.calibration_bytes(parameters, rows, sequential=sequential)
 
     def install(self, model: nn.Module, parameter: Parameter, components: Mapping[str, Tensor]) -> None:
         index, groups = components.get("g_idx"), len(components["scales"])
@@ -246,6 +266,31 @@ class GPTQQuantizer(Quantizer[GPTQConfig]):
             "scales": TensorSpec(dtype=dtype, shape=(groups, outputs)),
         }
         return specs | ({"g_idx": TensorSpec(dtype=torch.int32, shape=(inputs,))} if indexed else {})
+
+
+def _data(config: GPTQConfig) -> Calibration:
+    """What the config gives to calibrate with.
+
+    Raises:
+        ConfigError: it isn't a list of samples.
+        UnsupportedError: it asks for something that isn't done here.
+    """
+    if any(overrides.get("mse") for overrides in (config.dynamic or {}).values()):
+        raise UnsupportedError(
+            "GPTQConfig.dynamic asks for mse, a search for scales that quantdock-gptq hasn't; drop it"
+        )
+    return Calibration(
+        dataset=config.dataset,
+        tokenizer=config.tokenizer,
+        batch_size=config.batch_size,
+        max_length=config.model_seqlen,
+    )
+
+
+def _named(module: str, lists: Any) -> bool:
+    """Whether ``modules_in_block_to_quantize`` has a module; it has all when it isn't given."""
+    names = [name for part in lists or () for name in ([part] if isinstance(part, str) else part)]
+    return not names or any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def _oriented(parameter: Parameter) -> tuple[int, int]:

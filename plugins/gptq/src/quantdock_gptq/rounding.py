@@ -63,15 +63,20 @@ def _quantize(rows: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     top = 2**settings.bits - 1
     size, groups = settings.groups(rows.shape[1])
     values = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(len(rows), groups, size)
-    if settings.sym:
-        scales = _stored(2 / top * values.abs().amax(2))
-        zeros = torch.full_like(scales, 2 ** (settings.bits - 1), dtype=torch.float32)
-    else:
-        smallest = values.amin(2).clamp_(max=0)
-        scales = _stored((values.amax(2).clamp_(min=0) - smallest) / top)
-        zeros = (smallest / -scales.float()).round_().clamp_(0, top)
+    scales, zeros = scales_and_zeros(values, settings)
     values.div_(scales.float()[:, :, None]).round_().add_(zeros[:, :, None]).clamp_(0, top)
     return values.to(torch.uint8).view(rows.shape), zeros.to(torch.uint8), scales
+
+
+def scales_and_zeros(values: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Of groups in the last dimension of float32 values: scales as they are stored, and zero points in float32."""
+    top = 2**settings.bits - 1
+    if settings.sym:
+        scales = _stored(2 / top * values.abs().amax(-1))
+        return scales, torch.full_like(scales, 2 ** (settings.bits - 1), dtype=torch.float32)
+    smallest = values.amin(-1).clamp_(max=0)
+    scales = _stored((values.amax(-1).clamp_(min=0) - smallest) / top)
+    return scales, (smallest / -scales.float()).round_().clamp_(0, top)
 
 
 def _stored(scales: Tensor) -> Tensor:

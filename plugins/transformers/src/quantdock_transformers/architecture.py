@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quantdock import Architecture, Chatter, LoadOutcome, Routing, Source, TensorSpec
+from quantdock import Architecture, Blocks, Chatter, LoadOutcome, Routing, Source, TensorSpec
 from quantdock_transformers.conversions import route
 from quantdock_transformers.recognition import forget, mark
 
@@ -101,6 +103,21 @@ class TransformersArchitecture(Architecture):
 
     def dispatch_options(self) -> Mapping[str, Any]:
         return {"skip_keys": self._model._skip_keys_device_placement}
+
+    def blocks(self, model: torch.nn.Module) -> Blocks:
+        config = self._model.config.get_text_config(decoder=True)
+        caches = "use_cache" in inspect.signature(self._model.forward).parameters
+        return dataclasses.replace(
+            super().blocks(model),
+            arguments={"use_cache": False} if caches else {},
+            max_positions=getattr(config, "max_position_embeddings", None),
+            hidden_size=getattr(config, "hidden_size", None),
+        )
+
+    def tokenize(self, texts: Sequence[str], tokenizer: Any, source: Source) -> list[list[int]]:
+        from quantdock_transformers.tokenizing import token_ids
+
+        return token_ids(texts, tokenizer, source)
 
     def finish(self, outcome: LoadOutcome) -> None:
         from transformers.utils.loading_report import LoadStateDictInfo
@@ -204,3 +221,17 @@ def _mark_initialised(model: Any, outcome: LoadOutcome) -> None:
         for parameter in quantizer.parameters.values():
             if parameter.module not in unfinished:
                 modules[parameter.module]._is_hf_initialized = True
+                _mark_around(modules, parameter.module, unfinished)
+
+
+def _mark_around(modules: Mapping[str, Any], path: str, unfinished: Iterable[str]) -> None:
+    """Set the flag on the modules around a quantized one, too: some initialise the weights of their children (GPT-2's
+    attention does), which aren't there under that name any more. Not on the model, on one that owns buffers that have
+    to be made anew, or around something that is to be initialised."""
+    while path := path.rpartition(".")[0]:
+        module = modules[path]
+        if getattr(module, "_is_hf_initialized", False) or module._non_persistent_buffers_set:
+            return
+        if any(f"{other}.".startswith(f"{path}.") for other in unfinished):
+            return
+        module._is_hf_initialized = True

@@ -30,8 +30,16 @@ def open_chat(model: Any, source: Source) -> TransformersChatter | None:
     Raises:
         UnsupportedError: the tokenizer's files can't be used.
     """
-    if not model.can_generate():
-        return None
+    tokenizer = open_tokenizer(source) if model.can_generate() else None
+    return None if tokenizer is None else TransformersChatter(model, tokenizer)
+
+
+def open_tokenizer(source: Source) -> Any:
+    """The source's own tokenizer; ``None`` when it has none.
+
+    Raises:
+        UnsupportedError: its files can't be used.
+    """
     arguments = _tokenizer_arguments(source)
     if arguments is None:
         return None
@@ -39,14 +47,13 @@ def open_chat(model: Any, source: Source) -> TransformersChatter | None:
 
     try:
         # Never code from the source, and nothing but the files that the source was asked for.
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             str(source.root), trust_remote_code=False, local_files_only=True, **arguments
         )
     except Exception as error:  # the tokenizers library raises nothing more precise for a broken file
         raise UnsupportedError(
             f"{source.name}: its tokenizer can't be loaded: {type(error).__name__}: {error}"
         ) from error
-    return TransformersChatter(model, tokenizer)
 
 
 def _tokenizer_arguments(source: Source) -> dict[str, str] | None:

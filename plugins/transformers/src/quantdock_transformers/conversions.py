@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from quantdock import Assembly, Conversion, Piece, Routing, TensorSpec, rename
+from quantdock import Assembly, Conversion, LedgerError, Piece, Routing, TensorSpec, rename
 from quantdock_transformers.names import Names, in_order
 
 _JOINING = ("MergeModulelist", "Concatenate")
@@ -114,6 +114,7 @@ class _Converting:
         Operations that only join look at nothing but their tensors, so experts of the same shapes are joined once and
         not in each of a thousand layers.
         """
+        self._expect_alike(target, group)
         key: Hashable = None
         if all(type(operation).__name__ in _JOINING for operation in group.converter.operations):
             shapes = [(pattern, *(self._stored[name].shape for name in names)) for pattern, names in group.keys.items()]
@@ -125,6 +126,25 @@ class _Converting:
         if key is not None and made.keys() == {target}:
             self._known[key] = made[target]
         return made
+
+    def _expect_alike(self, target: str, group: _Collected) -> None:
+        """What is stacked has one shape.
+
+        Raises:
+            LedgerError: it hasn't; names two that differ.
+        """
+        if type(group.converter.operations[0]).__name__ != "MergeModulelist":
+            return
+        for names in group.keys.values():
+            first = self._stored[names[0]].shape
+            odd = next((name for name in names if self._stored[name].shape != first), None)
+            if odd is not None:
+                problems = [f"what is stored as {name!r} is {self._stored[name]}" for name in (names[0], odd)]
+                raise LedgerError(
+                    f"the checkpoint and the model don't match: {target!r} is stacked from tensors of one shape, and "
+                    "these have different ones. Nothing was loaded.",
+                    problems,
+                )
 
 
 def _function(

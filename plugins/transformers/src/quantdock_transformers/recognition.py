@@ -63,13 +63,26 @@ class QuantdockQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return all(quantizer.capabilities.compile for quantizer in self._quantizers)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """What ``save_pretrained`` writes: the components of quantized parameters in the place of what modules keep."""
+        """What ``save_pretrained`` writes: the components of quantized parameters in the place of what modules keep,
+        in pieces where the architecture has it so; transformers' own reversal knows no scales."""
+        from transformers.core_model_loading import revert_weight_conversion
+
         state, metadata = dict(model.state_dict()), dict[str, str]()
         for quantizer in self._quantizers:
             for parameter in quantizer.parameters.values():
                 state.pop(parameter.name, None)
                 prefix = f"{parameter.module}." if parameter.module else ""
-                state |= {prefix + name: part for name, part in quantizer.components(model, parameter).items()}
+                components = quantizer.components(model, parameter)
+                if quantizer.stored_in_pieces(parameter):
+                    for name in components:
+                        state.pop(prefix + name, None)
+                    exported = {
+                        name: dict(revert_weight_conversion(model, {parameter.name: part}))
+                        for name, part in components.items()
+                    }
+                    state |= quantizer.disassemble(parameter, exported)
+                else:
+                    state |= {prefix + name: part for name, part in components.items()}
             metadata |= quantizer.saved_metadata(model) if quantizer.parameters else {}
         return state, metadata
 

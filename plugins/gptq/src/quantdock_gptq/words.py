@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from quantdock import ops
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """int32 ``[words, streams]`` to uint8 ``[codes, streams]``; a code may be in two words."""
-    codes, step = _period(bits)
-    result = words.new_empty(len(words) // step * codes, words.shape[1], dtype=torch.uint8)
-    for code in range(codes):
-        word, shift = divmod(code * bits, 32)
-        found = words[word::step] >> shift
-        if shift + bits > 32:
-            found = found & ((1 << 32 - shift) - 1) | words[word + 1 :: step] << 32 - shift
-        result[code::codes] = found & ((1 << bits) - 1)
-    return result
+    codes = words.new_empty(len(words) * 32 // bits, words.shape[1], dtype=torch.uint8)
+    ops.unpack_words(words.contiguous(), bits=bits, dim=0, codes=codes)
+    return codes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 ``[codes, streams]`` to int32 ``[words, streams]``; the codes fill whole words."""
-    count, step = _period(bits)
-    result = codes.new_zeros(len(codes) // count * step, codes.shape[1], dtype=torch.int32)
-    for code in range(count):
-        word, shift = divmod(code * bits, 32)
-        values = codes[code::count].to(torch.int32)
-        result[word::step] |= values << shift
-        if shift + bits > 32:
-            result[word + 1 :: step] |= values >> 32 - shift
-    return result
+    words = codes.new_empty(len(codes) * bits // 32, codes.shape[1], dtype=torch.int32)
+    ops.pack_words(codes.contiguous(), bits=bits, dim=0, words=words)
+    return words
 
 
 def decode_zeros(words: Tensor, bits: int, *, less_one: bool) -> Tensor:
@@ -61,9 +49,3 @@ def encode_zeros(zeros: Tensor, bits: int, *, less_one: bool) -> Tensor:
 def _ones(bits: int) -> int:
     """A one for every code of a word; for 2, 4 and 8 bits it fits a signed word."""
     return sum(1 << shift for shift in range(0, 32, bits))
-
-
-def _period(bits: int) -> tuple[int, int]:
-    """The codes, and the words that they fill, after which the places in words repeat."""
-    common = math.gcd(32, bits)
-    return 32 // common, bits // common

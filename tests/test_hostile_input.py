@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import importlib_metadata
 import pytest
 import torch
 from safetensors import safe_open
@@ -282,7 +283,13 @@ class TestConfig:
         config(single, quantization_config={"quant_method": "gptqq", "bits": 4})
         refuses(single, "'gptqq'", "Installed", error=quantdock.UnknownMethodError)
 
-    def test_a_known_method_that_is_not_installed(self, single: Path) -> None:
+    def test_a_known_method_that_is_not_installed(self, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = importlib_metadata.distributions
+        monkeypatch.setattr(
+            importlib_metadata,
+            "distributions",
+            lambda: (one for one in found() if one.metadata["Name"] != "quantdock-awq"),
+        )
         config(single, quantization_config={"quant_method": "awq"})
         refuses(single, "'awq'", "pip install quantdock-awq", error=quantdock.UnknownMethodError)
 

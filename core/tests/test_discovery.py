@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import importlib_metadata
 import pytest
 import torch
 
@@ -193,8 +194,19 @@ def test_a_preset_that_is_no_config_is_named(offer: Offer, folder: Path) -> None
 # Names that nobody offers -----------------------------------------------------------------------------------------
 
 
-def test_an_unknown_method_says_what_is_installed_and_what_to_install(offer: Offer, folder: Path) -> None:
+def _hide(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As if a distribution weren't installed, whether it is or not."""
+    found = importlib_metadata.distributions
+    monkeypatch.setattr(
+        importlib_metadata, "distributions", lambda: (one for one in found() if one.metadata["Name"] != name)
+    )
+
+
+def test_an_unknown_method_says_what_is_installed_and_what_to_install(
+    offer: Offer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     offer("named-plugin", BOTH)
+    _hide(monkeypatch, "quantdock-awq")
     with pytest.raises(UnknownMethodError, match=r"serves quant_method 'nmaed'.*named \(named-plugin 1.0\)") as error:
         load(folder, quantize={"quant_method": "nmaed"})
     assert "Install the plugin that serves it, or check the spelling." in str(error.value)
@@ -202,12 +214,15 @@ def test_an_unknown_method_says_what_is_installed_and_what_to_install(offer: Off
         load(folder, quantize={"quant_method": "awq"}, policy=only(folder.parent, "named-plugin"))
 
 
-def test_an_unknown_preset_says_what_is_installed_and_what_to_install(offer: Offer, folder: Path) -> None:
+def test_an_unknown_preset_says_what_is_installed_and_what_to_install(
+    offer: Offer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     offer("named-plugin", BOTH)
+    _hide(monkeypatch, "quantdock-fp8")
     with pytest.raises(UnknownPresetError, match=r"'named-int4'.*named-int8 \(named-plugin 1.0\).*check the spelling"):
         load(folder, quantize="named-int4")
-    with pytest.raises(UnknownPresetError, match=r"the preset 'awq-int4'.*pip install quantdock-awq"):
-        load(folder, quantize="awq-int4")
+    with pytest.raises(UnknownPresetError, match=r"the preset 'fp8-row'.*pip install quantdock-fp8"):
+        load(folder, quantize="fp8-row")
 
 
 def test_an_unknown_method_of_a_checkpoint_never_loads_unquantized(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""AWQ checkpoints and quantization, as a quantdock plugin."""

@@ -101,7 +101,7 @@ def load(
     with announcing(progress, str(source)) as announce, collected_later():
         from quantdock.loading import make_plan
 
-        made = make_plan(source, arguments, announce)
+        made = make_plan(source, arguments, announce, at_once=True)
     return made.execute()
 
 

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 
 from quantdock.budget import Budget
-from quantdock.populating import populate_in_background
 from quantdock.progress import Notify, Progress
 from quantdock.running import Runner
 from quantdock.slicing import SlicedUnit
@@ -115,7 +114,6 @@ class Engine:
             LoadError: a unit failed; names file, stored tensors, parameter and plugin.
         """
         self.runner.recorder.watch(lambda: self.budgets.taken)
-        populate_in_background(units)
         self._total = self.expected or amounts(units)
         count = sum(1 if unit.cut is None else unit.cut.count for unit in units if unit.in_flight)
         threads = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quantdock.architecture import Skeleton
-from quantdock.caching.results import consult
+from quantdock.caching.results import consult, is_on
 from quantdock.calibration.preparing import check_placement, prepare
 from quantdock.checkpoint import Checkpoint
 from quantdock.config import ModelConfig
@@ -20,6 +20,7 @@ from quantdock.matching import match
 from quantdock.options import LoadOptions, parse_dtype
 from quantdock.planning import Plan
 from quantdock.policy import Policy
+from quantdock.populating import populate_in_background
 from quantdock.preparing import assign, preprocess, resolve_placement
 from quantdock.registry import select
 from quantdock.source import open_source
@@ -29,7 +30,11 @@ from quantdock.units import make_units
 
 
 def make_plan(
-    named: str | os.PathLike[str], arguments: Mapping[str, Any], announce: Callable[[str], object] | None = None
+    named: str | os.PathLike[str],
+    arguments: Mapping[str, Any],
+    announce: Callable[[str], object] | None = None,
+    *,
+    at_once: bool = False,
 ) -> Plan:
     """Decide everything about a load.
 
@@ -37,6 +42,7 @@ def make_plan(
         named: what the user named.
         arguments: of ``load``, by name.
         announce: told the name of each stage as it begins.
+        at_once: the plan is going to be executed, so what is mapped may be touched while the rest is decided.
     """
     options = LoadOptions(**{**arguments, "extras": arguments.get("extras") or {}})
     clock = Stopwatch(announce)
@@ -62,12 +68,15 @@ def make_plan(
         assign(selection, matched)
     with clock.stage("prepare calibration"):
         calibrating = prepare(skeleton, matched, selection, source)
-    with clock.stage("preprocess_model"):
-        preprocess(skeleton, matched, hooks)
     with clock.stage("place"):
         placement = resolve_placement(skeleton, matched, selection, options)
         check_placement(calibrating, placement)
         units = make_units(matched, checkpoint, placement, whole=watched(hooks, selection))
+        populating = at_once and calibrating is None and not is_on(options.cache)
+        if populating:
+            populate_in_background(units)
+    with clock.stage("preprocess_model"):
+        preprocess(skeleton, matched, hooks)
     made = Plan(
         source=source,
         options=options,
@@ -82,6 +91,7 @@ def make_plan(
         catalog=catalog,
         stopwatch=clock,
         calibrating=calibrating,
+        populating=populating,
     )
     with clock.stage("cache"):
         made.cached = consult(made)

@@ -73,7 +73,7 @@ def place(
     """Decide the devices.
 
     Args:
-        model: the preprocessed skeleton.
+        model: the skeleton.
         sizes: exact bytes of each parameter and buffer in the loaded model, 0 for tied ones.
         tied: parameter -> the one whose tensor it shares.
         no_split: class names of modules that stay on one device.

@@ -26,6 +26,7 @@ from quantdock.ledger import Action, Entry, Ledger
 from quantdock.matching import Match
 from quantdock.options import LoadOptions
 from quantdock.placement import DISK, Placement
+from quantdock.populating import populate_in_background
 from quantdock.preparing import own_buffers, resident_nbytes
 from quantdock.profiling import current
 from quantdock.profiling.sampler import peak_resident
@@ -59,6 +60,8 @@ class Plan:
     stopwatch: Stopwatch
     calibrating: Calibrating | None = None
     """What is quantized by its activations, and with what data; ``None`` for nothing."""
+    populating: bool = False
+    """Whether mapped files are entering the page tables already."""
     cached: Cached = field(default_factory=Cached)
     _executed: bool = field(default=False)
 
@@ -125,6 +128,8 @@ class Plan:
         engine = self._engine()
         with progress_of(self.options.progress) as engine.notify:
             with self.stopwatch.stage("load"):
+                if not self.populating and self.calibrating is None:
+                    populate_in_background(self.cached.units(self.units))
                 engine.run(units_before(self, engine))
             with self.stopwatch.stage("calibrate"):
                 calibrated = calibrate(self, engine)

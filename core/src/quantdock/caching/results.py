@@ -127,7 +127,7 @@ class Cached:
 
 def consult(plan: Plan) -> Cached:
     """What the result cache can do for a load; its units are exchanged if there is an entry."""
-    if not _is_on(plan.options.cache):
+    if not is_on(plan.options.cache):
         return Cached()
     size_limit()  # a wrong value is an error of every load, not only of those that make an entry
     reason = _why_not(plan)
@@ -143,7 +143,12 @@ def consult(plan: Plan) -> Cached:
     return found
 
 
-def _is_on(asked: bool | None) -> bool:
+def is_on(asked: bool | None) -> bool:
+    """Whether results are kept: as ``cache=`` says, or the environment.
+
+    Raises:
+        ConfigError: the environment says neither 1 nor 0.
+    """
     if asked is not None:
         return asked
     value = os.environ.get(ENVIRONMENT, "")

@@ -290,6 +290,7 @@ class TestConfig:
             "distributions",
             lambda: (one for one in found() if one.metadata["Name"] != "quantdock-awq"),
         )
+        monkeypatch.syspath_prepend(single)  # another path is scanned anew
         config(single, quantization_config={"quant_method": "awq"})
         refuses(single, "'awq'", "pip install quantdock-awq", error=quantdock.UnknownMethodError)
 

@@ -58,6 +58,7 @@ _HOMES = {
     "saving": ("dequantize", "save"),
     "skipping": ("SkipList",),
     "source": ("Source",),
+    "standalone": ("StandaloneConfig",),
     "tensors": ("Parameter", "StoredTensor", "TensorReader", "TensorSpec"),
     "threads": ("caller_threads",),
 }
@@ -110,6 +111,7 @@ __all__ = [
     "Slices",
     "Source",
     "SourceError",
+    "StandaloneConfig",
     "StoredTensor",
     "TensorReader",
     "TensorSpec",
@@ -178,6 +180,7 @@ if TYPE_CHECKING:
     from quantdock.saving import dequantize, save
     from quantdock.skipping import SkipList
     from quantdock.source import Source
+    from quantdock.standalone import StandaloneConfig
     from quantdock.tensors import Parameter, StoredTensor, TensorReader, TensorSpec
     from quantdock.threads import caller_threads
 

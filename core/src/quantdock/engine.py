@@ -143,15 +143,15 @@ class Engine:
 
     def _hand_out(self, unit: Unit, staging: Staging) -> bool:
         """Queue the tasks of a unit as the budgets have room for them; False when the load has failed."""
+        if not unit.in_flight:  # mapped: nothing to read or to wait for, and nothing for another thread to do
+            self._perform(_Task(unit, partial(self._run_whole, unit), NOTHING), staging)
+            return not self._stopped()
         with self.runner.recorder.span("wait", unit.targets[0].parameter.name):
             if not self.budgets.take(unit.own, unit.device, self._stopped):
                 return False
         if unit.cut is not None:
             return self._hand_out_slices(unit, unit.cut)
         task = _Task(unit, partial(self._run_whole, unit), unit.own)
-        if not unit.in_flight:  # mapped: there is nothing to read, and nothing for another thread to do
-            self._perform(task, staging)
-            return True
         for source in unit.sources:
             source.reader.will_need(source)
         self._tasks.put(task)
@@ -199,10 +199,10 @@ class Engine:
         finally:
             if task.takes != NOTHING:
                 self.budgets.give(task.takes, task.unit.device)
-            # The thread that hands out work sleeps until the others are about to run out of it: if every piece woke it
-            # up, it would be in their way.
-            if self._tasks.qsize() <= self.workers:
-                self.budgets.wake()
+                # The thread that hands out work sleeps until the others are about to run out of it: if every piece woke
+                # it up, it would be in their way.
+                if self._tasks.qsize() <= self.workers:
+                    self.budgets.wake()
 
     def _report(self, unit: Unit) -> None:
         if self.notify is None:

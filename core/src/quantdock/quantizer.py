@@ -346,7 +346,7 @@ class Quantizer(ABC, Generic[ConfigT]):
         The default sets each component on the owning module under its own name: as a buffer where the module has a
         buffer of that name, as a parameter without gradient otherwise.
         """
-        module = model.get_submodule(parameter.module)
+        module = parameter.owner(model)
         for name, tensor in components.items():
             if name in module._buffers:
                 module._buffers[name] = tensor
@@ -355,7 +355,7 @@ class Quantizer(ABC, Generic[ConfigT]):
 
     def components(self, model: torch.nn.Module, parameter: Parameter) -> Mapping[str, torch.Tensor]:
         """The stored tensors of one parameter of a loaded model, as they are saved; the reverse of ``install``."""
-        module = model.get_submodule(parameter.module)
+        module = parameter.owner(model)
         state = module.state_dict()
         return {name: state[name] for name in self.layout_of(parameter).components}
 

@@ -18,7 +18,6 @@ from quantdock.pagecache import release
 from quantdock.placement import DISK
 from quantdock.profiling import Recorder, current
 from quantdock.quantizer import Quantizer
-from quantdock.slots import submodule
 from quantdock.staging import Staging
 from quantdock.tensors import Parameter, StoredTensor, TensorSpec
 from quantdock.units import Target, Unit
@@ -223,7 +222,7 @@ def _listed(specs: Mapping[str, TensorSpec]) -> str:
 
 def install_plain(model: torch.nn.Module, parameter: Parameter, tensor: torch.Tensor) -> None:
     """Put a full-precision tensor into its slot."""
-    module = submodule(model, parameter.module)
+    module = parameter.owner(model)
     if parameter.leaf in module._buffers:
         module._buffers[parameter.leaf] = tensor
     else:

@@ -207,7 +207,7 @@ def dequantize(model: torch.nn.Module, *, dtype: torch.dtype | None = None) -> t
 
 
 def _dequantize_one(model: torch.nn.Module, quantizer: Any, parameter: Any, dtype: torch.dtype | None) -> None:
-    module = model.get_submodule(parameter.module)
+    module = parameter.owner(model)
     components = quantizer.components(model, parameter)
     tensor = quantizer.dequantize(components, parameter)
     restored = quantizer.restore_module(module, parameter)

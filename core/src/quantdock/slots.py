@@ -35,20 +35,6 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         ]
 
 
-def submodule(model: nn.Module, path: str) -> nn.Module:
-    """``model.get_submodule(path)``, in a twentieth of the time.
-
-    Raises:
-        KeyError: there is no such module.
-    """
-    module: nn.Module | None = model
-    for leaf in path.split(".") if path else ():
-        module = None if module is None else module._modules[leaf]
-    if module is None:
-        raise KeyError(path)
-    return module
-
-
 def slots(model: nn.Module) -> list[Slot]:
     """The tensors of ``model.state_dict(keep_vars=True)``, in its order; a module's extra state is no tensor."""
     modules = list(walk(model))

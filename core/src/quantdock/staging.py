@@ -7,7 +7,7 @@ each device that it has copied to.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -43,12 +43,12 @@ class Staging:
             self._buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return self._buffer[:nbytes].view(dtype).view(shape)
 
-    @contextmanager
-    def on(self, device: torch.device | str) -> Iterator[None]:
+    def on(self, device: torch.device | str) -> AbstractContextManager[None]:
         """Run the block's kernels on this worker's own stream of ``device``, and wait for them at the end."""
-        if isinstance(device, str) or device.type != "cuda":
-            yield
-            return
+        return nullcontext() if isinstance(device, str) or device.type != "cuda" else self._streaming(device)
+
+    @contextmanager
+    def _streaming(self, device: torch.device) -> Iterator[None]:
         ring = self._ring(device)
         with torch.cuda.stream(ring.stream):
             yield

@@ -217,7 +217,7 @@ def _made_by_engine(plan: Plan) -> dict[str, torch.Tensor]:
     for target in _targets(plan.units):
         parameter, chosen = target.parameter, target.decision.chosen
         if chosen is None:
-            module = model.get_submodule(parameter.module)
+            module = parameter.owner(model)
             found = {parameter.name: getattr(module, parameter.leaf)}
         else:
             parts = chosen.quantizer.components(model, parameter)

@@ -101,7 +101,7 @@ class Executing(Suite):
         embedding = model.get_parameter("embed.weight")
         for parameter in quantizer_of(model).parameters.values():
             x = torch.ones(4, parameter.spec.shape[-1], device=embedding.device, dtype=embedding.dtype)
-            model.get_submodule(parameter.module)(x.requires_grad_()).sum().backward()
+            parameter.owner(model)(x.requires_grad_()).sum().backward()
             assert x.grad is not None, f"no gradient came through {parameter.module!r}"
             assert x.grad.any(), f"the gradient through {parameter.module!r} is zero"
 

@@ -150,7 +150,7 @@ class AwqQuantizer(Quantizer[AwqConfig]):
     @hookimpl
     def preprocess_model(self, model: nn.Module) -> None:
         for parameter in self.parameters.values():
-            old = model.get_submodule(parameter.module)
+            old = parameter.owner(model)
             components = self.layout_of(parameter).components
             bias = old._parameters["bias"]
             new = AwqLinear(

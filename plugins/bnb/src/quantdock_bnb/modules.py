@@ -48,15 +48,9 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes is An
             {key: value.copy() if type(value) in containers else value for key, value in self.__dict__.items()}
         )
         weight, bias = self.weight, self.bias
-        new._parameters["weight"] = bnb.nn.Params4bit(
-            weight.data,
-            requires_grad=False,
-            blocksize=weight.blocksize,
-            compress_statistics=weight.compress_statistics,
-            quant_type=weight.quant_type,
-            quant_storage=weight.quant_storage,
-            module=new,
-        )
+        copy = torch.Tensor._make_subclass(type(weight), weight.data, False)
+        copy.__dict__.update(weight.__dict__, module=new)
+        new._parameters["weight"] = copy
         new._parameters["bias"] = None if bias is None else nn.Parameter(bias.data, requires_grad=bias.requires_grad)
         return new
 

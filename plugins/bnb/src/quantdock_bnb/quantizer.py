@@ -118,13 +118,12 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
 
     @hookimpl
     def preprocess_model(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
         swapped: dict[nn.Module, nn.Module] = {}
         for parameter in self.parameters.values():
-            old = modules[parameter.module]
+            old = parameter.owner(model)
             if old not in swapped:
                 swapped[old] = self._swap(old, parameter)
-        for parent in modules.values():
+        for parent in [*model.modules()]:  # also those that hold a layer under a second name
             for name, child in parent._modules.items():
                 if child in swapped:
                     parent._modules[name] = swapped[child]
@@ -160,18 +159,17 @@ class BitsAndBytesQuantizer(Quantizer[BitsAndBytesConfig]):
         return self._format.finish_slices(parameter, parts)
 
     def install(self, model: nn.Module, parameter: Parameter, components: Mapping[str, Tensor]) -> None:
-        self._format.install(model.get_submodule(parameter.module), parameter, components)
+        self._format.install(parameter.owner(model), parameter, components)
 
     def components(self, model: nn.Module, parameter: Parameter) -> Mapping[str, Tensor]:
-        return self._format.components(model.get_submodule(parameter.module), parameter)
+        return self._format.components(parameter.owner(model), parameter)
 
     @hookimpl
     def postprocess_model(self, model: nn.Module) -> None:
         if not self.parameters:
             return
-        modules = dict(model.named_modules(remove_duplicate=False))
         for parameter in self.parameters.values():
-            _freeze(modules[parameter.module])
+            _freeze(parameter.owner(model))
         # transformers' and PEFT's names for it
         setattr(model, "is_loaded_in_4bit" if self.config.load_in_4bit else "is_loaded_in_8bit", True)
 

@@ -140,7 +140,7 @@ class FloatQuantizer(Quantizer[ConfigT]):
     def preprocess_model(self, model: nn.Module) -> None:
         swapped: dict[nn.Module, nn.Module] = {}
         for parameter in self.parameters.values():
-            old = model.get_submodule(parameter.module)
+            old = parameter.owner(model)
             components = self.layout_of(parameter).components
             tiling = self._tiling(parameter, components)
             if len(parameter.spec.shape) == 3:

@@ -153,7 +153,7 @@ class GPTQQuantizer(Quantizer[GPTQConfig]):
     @hookimpl
     def preprocess_model(self, model: nn.Module) -> None:
         for parameter in self.parameters.values():
-            old = model.get_submodule(parameter.module)
+            old = parameter.owner(model)
             settings, shape = self._settings(parameter), _oriented(parameter)
             bias = old._parameters["bias"]
             new = GPTQLinear(

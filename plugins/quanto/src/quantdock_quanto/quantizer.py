@@ -107,7 +107,7 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         from quantdock_quanto.modules import Linear
 
         for parameter in self.parameters.values():
-            old = model.get_submodule(parameter.module)
+            old = parameter.owner(model)
             assert isinstance(old, nn.Linear), "its role is linear"
             new = Linear(
                 old.in_features,
@@ -141,13 +141,13 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         return parts
 
     def install(self, model: nn.Module, parameter: Parameter, components: Mapping[str, Tensor]) -> None:
-        module = model.get_submodule(parameter.module)
+        module = parameter.owner(model)
         module.register_parameter(parameter.leaf, nn.Parameter(self._built(parameter, components), requires_grad=False))
         for name in _SCALES:
             module.register_buffer(name, components[name])
 
     def components(self, model: nn.Module, parameter: Parameter) -> Mapping[str, Tensor]:
-        module = model.get_submodule(parameter.module)
+        module = parameter.owner(model)
         weight: Any = module.get_parameter(parameter.leaf)
         parts = {f"{parameter.leaf}._data": weight._data, f"{parameter.leaf}._scale": weight._scale}
         return parts | {name: module.get_buffer(name) for name in _SCALES}

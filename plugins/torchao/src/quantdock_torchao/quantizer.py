@@ -125,7 +125,7 @@ class TorchAoQuantizer(Quantizer[TorchAoConfig]):
         found = self.stored.get(parameter.name)
         made = self._described(parameter) if found is None else self._read(parameter, found)
         tensor = tensors.build(parameter.leaf, made.description, components)
-        module = model.get_submodule(parameter.module)
+        module = parameter.owner(model)
         module.register_parameter(parameter.leaf, nn.Parameter(tensor, requires_grad=False))
 
     def components(self, model: nn.Module, parameter: Parameter) -> Mapping[str, Tensor]:

@@ -220,7 +220,7 @@ def _mark_initialised(model: Any, outcome: LoadOutcome) -> None:
     for quantizer in outcome.quantizers:
         for parameter in quantizer.parameters.values():
             if parameter.module not in unfinished:
-                modules[parameter.module]._is_hf_initialized = True
+                modules[parameter.module].__dict__["_is_hf_initialized"] = True  # past nn.Module, which takes its time
                 _mark_around(modules, parameter.module, unfinished)
 
 
@@ -230,8 +230,8 @@ def _mark_around(modules: Mapping[str, Any], path: str, unfinished: Iterable[str
     to be made anew, or around something that is to be initialised."""
     while path := path.rpartition(".")[0]:
         module = modules[path]
-        if getattr(module, "_is_hf_initialized", False) or module._non_persistent_buffers_set:
+        if module.__dict__.get("_is_hf_initialized") or module._non_persistent_buffers_set:
             return
         if any(f"{other}.".startswith(f"{path}.") for other in unfinished):
             return
-        module._is_hf_initialized = True
+        module.__dict__["_is_hf_initialized"] = True

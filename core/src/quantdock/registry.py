@@ -162,8 +162,9 @@ def _config_of(value: Any, catalog: Catalog) -> QuantizationConfig:
         return value
     if isinstance(value, str):
         return _preset(value, catalog)
-    if not isinstance(value, Mapping) and callable(getattr(value, "to_dict", None)):
-        value = value.to_dict()  # transformers' config objects
+    if not isinstance(value, Mapping) and callable(getattr(value, "to_dict", None)):  # one of transformers'
+        # Some leave out of to_dict what is for loading only.
+        value = {**getattr(value, "get_loading_attributes", dict)(), **value.to_dict()}
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"quantize={value!r}: expected a preset name, a config object, an object as in config.json, or a mapping "

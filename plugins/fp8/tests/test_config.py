@@ -12,7 +12,8 @@ from transformers import FineGrainedFP8Config
 
 from quantdock import ConfigError
 from quantdock_fp8 import presets
-from quantdock_fp8.config import FbgemmFp8Config, FloatConfig, Fp8Config, ModelOptConfig, Mxfp8Config
+from quantdock_fp8.config import FbgemmFp8Config, FloatConfig, Fp8Config, Mxfp8Config
+from quantdock_fp8.modelopt_config import ModelOptConfig
 from quantdock_fp8.quantizer import Fp8Quantizer
 
 METHODS = {config.quant_method: config for config in (Fp8Config, FbgemmFp8Config, Mxfp8Config, ModelOptConfig)}
@@ -63,7 +64,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("mxfp8", {"weight_block_size": [128, 128]}, r"weight_block_size is \(128, 128\), expected \[1, 32\]"),
     ("mxfp8", {"scale_fmt": "float"}, "scale_fmt is 'float', expected 'ue8m0'"),
     ("modelopt", {}, "quant_algo is missing"),
-    ("modelopt", {"quant_algo": "NVFP4"}, "quant_algo is 'NVFP4', expected one of 'FP8', .*; this plugin reads no"),
+    (
+        "modelopt",
+        {"quant_algo": "W4A8_AWQ"},
+        "quant_algo is 'W4A8_AWQ', expected one of 'FP8', .*; this plugin reads no",
+    ),
+    ("modelopt", {"quant_algo": "NVFP4", "group_size": 32}, "group_size is 32, expected 16, which 'NVFP4' has"),
+    ("modelopt", {"quant_algo": "FP8", "group_size": 32}, "group_size is 32, expected none, which 'FP8' has"),
     ("modelopt", {"quantization": "FP8"}, "quantization is 'FP8', expected an object"),
     (
         "modelopt",

@@ -110,6 +110,24 @@ def mx(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale.view(torch.uint8)
 
 
+def compressed(strategy: str, **more: Any) -> dict[str, Any]:
+    """As llm-compressor writes it: a group for linear layers, which its experts are."""
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": strategy, **more}
+    activations = {"num_bits": 8, "type": "float", "dynamic": strategy != "tensor"}
+    activations["strategy"] = "tensor" if strategy == "tensor" else "token"
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}}
+    skipped = ["lm_head", "re:.*mlp[.]gate$"]
+    base = {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed"}
+    return base | {"config_groups": groups, "ignore": skipped}
+
+
+def block_of(config: Mapping[str, Any]) -> Any:
+    """Rows and columns of a block, if there are blocks."""
+    if config["quant_method"] == "compressed-tensors":
+        return config["config_groups"]["group_0"]["weights"].get("block_structure") or (0, 0)
+    return config.get("weight_block_size") or ((1, 32) if config["quant_method"] == "mxfp8" else (0, 0))
+
+
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 NVIDIA = {"quant_method": "modelopt", "quant_algo": "FP8"}
 
@@ -125,9 +143,54 @@ FORMATS: dict[str, tuple[Quantize, dict[str, Any], dict[str, tuple[int, ...]]]] 
     "rows": (rows, {"quant_method": "fbgemm_fp8"}, {"weight_scale": ()}),
     "MX": (mx, {"quant_method": "mxfp8"}, {"weight_scale_inv": ()}),
     "ModelOpt": (whole(), NVIDIA, {"weight_scale": (), "input_scale": ()}),
+    "compressed-tensors": (whole(1), compressed("tensor"), {"weight_scale": (), "input_scale": (1,)}),
+    "compressed-tensors, rows": (rows, compressed("channel"), {"weight_scale": ()}),
+    "compressed-tensors, blocks": (
+        blocks(96, 100)[0],
+        compressed("block", block_structure=[96, 100]),
+        {"weight_scale": ()},
+    ),
+}
+
+
+def nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bytes of two codes, scales of 16 elements, the number that these are multiplied with, and the scale of each
+    element."""
+    groups = weight.float().unflatten(1, (-1, 16))
+    largest = groups.abs().amax(2)
+    factor = largest.amax() / (448 * 6)
+    scale = (largest / 6 / factor).to(E4M3)
+    each = (scale.float() * factor)[:, :, None]
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    nearest = ((groups / each).abs()[..., None] - values).abs().argmin(-1).to(torch.uint8)
+    codes = (nearest | (groups < 0).to(torch.uint8) << 3).flatten(1)
+    return codes[:, ::2] | codes[:, 1::2] << 4, scale, factor, each.expand(groups.shape).flatten(1)
+
+
+def from_fours(packed: Tensor, each: Tensor) -> Tensor:
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(1).long()
+    return (torch.where(nibbles >= 8, -values[nibbles & 7], values[nibbles & 7]) * each).bfloat16()
+
+
+FOURS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]]] = {
+    # The config, and how codes, scales and their factor are stored.
+    "ModelOpt, 4 bits": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        lambda codes, scale, factor: {"weight": codes, "weight_scale": scale, "weight_scale_2": factor},
+    ),
+    "compressed-tensors, 4 bits": (
+        compressed("tensor_group", num_bits=4, group_size=16) | {"format": "nvfp4-pack-quantized"},
+        lambda codes, scale, factor: {
+            "weight_packed": codes,
+            "weight_scale": scale,
+            "weight_global_scale": (1 / factor).reshape(1),
+            "input_global_scale": torch.ones(1),
+        },
+    ),
 }
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
-CASES = [("qwen3_moe", name) for name in FORMATS] + [(family, "blocks") for family in FAMILIES[1:]]
+CASES = [("qwen3_moe", name) for name in (*FORMATS, *FOURS)] + [(family, "blocks") for family in FAMILIES[1:]]
 
 
 def is_quantized(name: str) -> bool:
@@ -138,7 +201,7 @@ def write(
     folder: Path, model: Any, form: str, change: Callable[[dict[str, Tensor]], object] = len
 ) -> dict[str, Tensor]:
     """Store a model with weights in 8-bit floats, and return what they stand for."""
-    quantize, config, names = FORMATS[form]
+    config = FOURS[form][0] if form in FOURS else FORMATS[form][1]
     model.save_pretrained(folder)
     stored: dict[str, Tensor] = {}
     plain = load_file(folder / "model.safetensors")
@@ -149,9 +212,18 @@ def write(
         stored[name] = plain[name]
         if not is_quantized(name):
             continue
+        base = name.removesuffix("weight")
+        if form in FOURS:
+            packed, scale, factor, each = nvfp4(stored.pop(name))
+            parts = FOURS[form][1](packed, scale, factor)
+            stored |= {base + part: value for part, value in parts.items()}
+            if "weight_global_scale" in parts:  # what is divided by
+                each = (scale.float() / parts["weight_global_scale"]).repeat_interleave(16, 1)
+            plain[name] = from_fours(packed, each)
+            continue
+        quantize, _, names = FORMATS[form]
         stored[name], scale = quantize(tensor)
         scale_name, *others = names
-        base = name.removesuffix("weight")
         stored[base + scale_name] = scale
         stored |= {base + other: torch.full(names[other], 0.5 + number) for other in others}
         plain[name] = dequantized(stored[name], scale, config)
@@ -167,7 +239,7 @@ def write(
 def dequantized(codes: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Codes times scales, spelled out."""
     single = (scale.view(E8M0) if scale.dtype == torch.uint8 else scale).float()
-    down, across = config.get("weight_block_size") or ((1, 32) if config["quant_method"] == "mxfp8" else (0, 0))
+    down, across = block_of(config)
     if down:
         single = single.repeat_interleave(down, 0).repeat_interleave(across, 1)[: len(codes), : codes.shape[1]]
     return (codes.float() * single).bfloat16()
@@ -283,6 +355,17 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
 def test_what_does_not_fit_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     change, message = WRONG[name]
     write(tmp_path / "it", model_of("qwen3_moe"), "blocks", change)
+    with pytest.raises(quantdock.LedgerError, match=message):
+        quantdock.plan(tmp_path / "it")
+
+
+def test_parts_of_one_parameter_belong_to_one_group(tmp_path: Path) -> None:
+    write(tmp_path / "it", model_of("qwen3_moe"), "compressed-tensors")
+    written = json.loads((tmp_path / "it" / "config.json").read_text())
+    groups = written["quantization_config"]["config_groups"]
+    groups["group_1"] = groups["group_0"] | {"targets": ["re:.*experts.*up_proj"]}
+    (tmp_path / "it" / "config.json").write_text(json.dumps(written))
+    message = "gate_proj.weight' belongs to the group 'group_0', but another part of .* to the group 'group_1'"
     with pytest.raises(quantdock.LedgerError, match=message):
         quantdock.plan(tmp_path / "it")
 

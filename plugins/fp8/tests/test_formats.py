@@ -300,13 +300,13 @@ def test_a_config_in_another_file_is_no_reason_to_guess(tmp_path: Path) -> None:
     assert isinstance(quantdock.load(source, model=Model).get_submodule("layer"), Fp8Linear)
 
     plain = write(tmp_path / "plain", None, {name: torch.zeros_like(p) for name, p in Model().state_dict().items()})
-    for algorithm in ("NVFP4", None):
+    for algorithm in ("W4A8_AWQ", None):
         other = {"quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8"}}
         (plain / "hf_quant_config.json").write_text(json.dumps(other))
         if algorithm is None:
             assert type(quantdock.load(plain, model=Model).get_submodule("layer")) is nn.Linear
         else:
-            with pytest.raises(quantdock.ConfigError, match="quant_algo is 'NVFP4', expected one of 'FP8'"):
+            with pytest.raises(quantdock.ConfigError, match="quant_algo is 'W4A8_AWQ', expected one of 'FP8'"):
                 quantdock.load(plain, model=Model)
 
 
@@ -327,8 +327,21 @@ def test_a_parameter_that_is_called_like_a_scale(tmp_path: Path) -> None:
     assert isinstance(model.get_submodule("layer"), Fp8Linear)
 
 
-@pytest.mark.parametrize("method", ["mxfp8", "modelopt"])
+ONLY_LOAD: dict[str, dict[str, Any]] = {
+    "mxfp8": {},
+    "mxfp4": {},
+    "modelopt": NVIDIA,
+    "compressed-tensors": {
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("method", ONLY_LOAD)
 def test_methods_that_only_load_say_so(tmp_path: Path, method: str) -> None:
     source = write(tmp_path / "it", None, {"layer.weight": torch.ones(ROWS, COLUMNS).bfloat16()})
     with pytest.raises(quantdock.ConfigError, match=f"'{method}' .* can't quantize while loading"):
-        quantdock.load(source, model=Model, quantize={"quant_method": method, **({} if method == "mxfp8" else NVIDIA)})
+        quantdock.load(source, model=Model, quantize={"quant_method": method, **ONLY_LOAD[method]})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import quantdock
 from quantdock.testing import QuantizerConformance, SmallModel, write_checkpoint
+from quantdock_fp8 import fp4
 from quantdock_fp8.presets import BLOCK, TENSOR
 
 pytestmark = [
@@ -48,7 +49,7 @@ def test_same_bits_as_on_the_cpu(tmp_path: Path, preset: str) -> None:
         for name, tensor in expected.items():
             left, right = (one.cpu().reshape(-1).view(torch.uint8) for one in (found[name], tensor))
             assert torch.equal(left, right), name
-    restored = [quantdock.dequantize(model).get_parameter("extra.weight").cpu() for model in models]
+    restored = [quantdock.dequantize(model).get_parameter("blocks.1.extra.weight").cpu() for model in models]
     assert torch.equal(*restored)
 
 
@@ -89,3 +90,16 @@ def test_experts_have_the_bits_of_the_cpu(tmp_path: Path, preset: str) -> None:
     assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
     restored = [quantdock.dequantize(model).get_parameter("experts.gate_up_proj").cpu() for model in (here, there)]
     assert torch.equal(*restored)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_four_bits_decode_to_the_bits_of_the_cpu(size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (300, 160), generator=generator, dtype=torch.uint8)
+    scales = torch.randn(300, 320 // size, generator=generator)
+    found, expected = torch.empty(300, 320, dtype=dtype, device="cuda"), torch.empty(300, 320, dtype=dtype)
+    fp4.decode(codes, scales, (1, size), expected)
+    fp4.decode(codes.cuda(), scales.cuda(), (1, size), found)
+    left, right = (one.cpu().reshape(-1).view(torch.uint8) for one in (found, expected))
+    assert torch.equal(left, right)

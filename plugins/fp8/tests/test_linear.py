@@ -88,8 +88,8 @@ def layer_of(tmp_path: Path, preset: str, shape: tuple[int, int], dtype: torch.d
     """A layer ``[out, in]`` with a bias, and the one that it stands for."""
     write_checkpoint(tmp_path / "checkpoint", linear=(shape[1], shape[0]), dtype=dtype)
     model = quantdock.load(tmp_path / "checkpoint", model=SmallModel, quantize=preset)
-    layer = copy.deepcopy(model.get_submodule("extra"))
-    reference = quantdock.dequantize(model).get_submodule("extra")
+    layer = copy.deepcopy(model.get_submodule("blocks.1.extra"))
+    reference = quantdock.dequantize(model).get_submodule("blocks.1.extra")
     assert isinstance(layer, Fp8Linear)
     assert isinstance(reference, nn.Linear)
     return layer, reference

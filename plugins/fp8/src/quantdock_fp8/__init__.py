@@ -1,1 +1,1 @@
-"""8-bit floating-point weights, as a quantdock plugin."""
+"""Weights in floats of 8 and 4 bits, as a quantdock plugin."""

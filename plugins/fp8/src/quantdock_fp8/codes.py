@@ -1,4 +1,4 @@
-"""From weights to 8-bit codes and back, on any device."""
+"""From weights to codes and back, on any device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from quantdock import ops
-from quantdock_fp8.scheme import Block
+from quantdock_fp8 import fp4
+from quantdock_fp8.tiling import Block, Shape
 
 
 def working_bytes(shape: tuple[int, ...], block: Block, itemsize: int) -> int:
@@ -28,15 +29,22 @@ def encode(matrix: Tensor, scales: ops.Fp8Scales, block: Block, codes: Tensor) -
     ops.encode_fp8(matrix, scales=scales.scales, block=block, divide=scales.divide, codes=codes)
 
 
-def decode(codes: Tensor, scales: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """``codes.to(torch.float32) * scales``, rounded once to ``dtype``.
+def decode(codes: Tensor, scales: Tensor, block: Block, out: Tensor) -> None:
+    """The value of each code times its scale, in float32, rounded once to the dtype of the result.
 
     Args:
-        codes: float8_e4m3fn ``[rows, columns]``.
+        codes: float8_e4m3fn ``[rows, columns]``; or uint8 ``[rows, columns / 2]``, two codes of four bits in each byte.
         scales: ``float32 [blocks down, blocks across]``.
         block: rows and columns of a block.
-        dtype: float32, bfloat16 or float16.
+        out: float32, bfloat16 or float16 ``[rows, columns]``, written.
     """
-    out = torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)
-    ops.decode_fp8(codes, scales=scales, block=block, out=out)
-    return out
+    if codes.dtype == torch.uint8:
+        fp4.decode(codes, scales, block, out)
+    else:
+        ops.decode_fp8(codes, scales=scales, block=block, out=out)
+
+
+def shape_of(codes: Tensor) -> Shape:
+    """The shape of what is encoded: ``[..., rows, columns]``."""
+    *outer, last = codes.shape
+    return (*outer, 2 * last if codes.dtype == torch.uint8 else last)

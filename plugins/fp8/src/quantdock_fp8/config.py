@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from quantdock import ConfigError, QuantizationConfig
-from quantdock_fp8.scheme import Block, Granularity, Scheme
-
-_MODELOPT: Mapping[str, tuple[Granularity, Block | None]] = {
-    "FP8": ("tensor", None),
-    "FP8_PER_CHANNEL_PER_TOKEN": ("row", None),
-    "FP8_PB_WO": ("block", (128, 128)),
-    "MXFP8": ("block", (1, 32)),
-}
+from quantdock_fp8.scheme import Scheme
 
 
 class FloatConfig(QuantizationConfig):
@@ -53,7 +46,7 @@ class FloatConfig(QuantizationConfig):
         }
 
 
-class _Skipping(FloatConfig):
+class SkippingConfig(FloatConfig):
     """A config that lists the modules to leave alone as transformers does."""
 
     modules_to_not_convert: tuple[str, ...] | None
@@ -90,9 +83,18 @@ class _Skipping(FloatConfig):
             values["modules_to_not_convert"] = ignored
         return super().from_dict(values)
 
+    def overridden_by(self, other: Self, asked: Collection[str] | None = None) -> Self:
+        """See ``QuantizationConfig``; transformers' way to ask for full precision has another one here."""
+        if getattr(other, "dequantize", False) and not getattr(self, "dequantize", False):
+            raise ConfigError(
+                f"{type(self).__name__}.dequantize is True: load the model as it is stored, then call "
+                "quantdock.dequantize(model)"
+            )
+        return super().overridden_by(other, asked)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8Config(_Skipping):
+class Fp8Config(SkippingConfig):
     """One scale per weight, or per block of it: DeepSeek's, transformers' and AutoFP8's ``fp8``.
 
     Raises:
@@ -147,27 +149,18 @@ class Fp8Config(_Skipping):
         written = {name: value for name, value in self._written().items() if defaults.get(name, ...) != value}
         return written | {"weight_block_size": written.get("weight_block_size")}
 
-    def overridden_by(self, other: Self, asked: Collection[str] | None = None) -> Self:
-        """See ``QuantizationConfig``; transformers' way to ask for full precision has another one here."""
-        if other.dequantize and other.dequantize != self.dequantize:
-            raise ConfigError(
-                f"Fp8Config.dequantize is {other.dequantize!r}: load the model as it is stored, then call "
-                "quantdock.dequantize(model)"
-            )
-        return super().overridden_by(other, asked)
-
     @property
     def scheme(self) -> Scheme:
         return Scheme(
             granularities=("tensor", "row") if self.weight_block_size is None else ("block",),
             block_size=self.weight_block_size,
             rule="power_of_two" if self.scale_fmt == "ue8m0" else "reciprocal",
-            static=self.activation_scheme == "static",
+            static="activation_scheme='static'" if self.activation_scheme == "static" else None,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FbgemmFp8Config(_Skipping):
+class FbgemmFp8Config(SkippingConfig):
     """One scale per row, as FBGEMM has them.
 
     Raises:
@@ -214,59 +207,3 @@ class Mxfp8Config(Fp8Config):
         super().__post_init__()
         self._expect("weight_block_size", self.weight_block_size == (1, 32), "[1, 32]")
         self._expect("scale_fmt", self.scale_fmt == "ue8m0", "'ue8m0'")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptConfig(FloatConfig):
-    """What NVIDIA's Model Optimizer writes, for those of its algorithms that have weights in 8-bit floats.
-
-    All but ``quant_algo`` is carried along.
-
-    Raises:
-        ConfigError: a value doesn't fit; the message names the field.
-    """
-
-    quant_method: ClassVar[str] = "modelopt"
-
-    quant_algo: str
-    producer: Any = None
-    config_groups: Any = None
-    ignore: tuple[str, ...] | None = None
-    exclude_modules: tuple[str, ...] | None = None
-    kv_cache_scheme: Any = None
-    kv_cache_quant_algo: str | None = None
-
-    def __post_init__(self) -> None:
-        known = ", ".join(map(repr, _MODELOPT))
-        self._expect("quant_algo", self.quant_algo in _MODELOPT, f"one of {known}; this plugin reads no other")
-        self._set_names("ignore")
-        self._set_names("exclude_modules")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read the JSON object; what older files have in an object ``quantization`` is a field like any other.
-
-        Raises:
-            ConfigError: a field is unknown, missing or contradicts another, or a value doesn't fit.
-        """
-        values = dict(data)
-        nested = values.pop("quantization", None)
-        if nested is not None:
-            if not isinstance(nested, Mapping):
-                raise ConfigError(f"ModelOptConfig.quantization is {nested!r}, expected an object")
-            twice = sorted(name for name in nested.keys() & values.keys() if nested[name] != values[name])
-            if twice:
-                raise ConfigError(f"ModelOptConfig: {', '.join(twice)} differs inside and outside of quantization")
-            values |= nested
-        if "quant_algo" not in values:
-            raise ConfigError("ModelOptConfig.quant_algo is missing; it says how scales are stored")
-        return super().from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object, without the object ``quantization`` that older files have."""
-        return self._written()
-
-    @property
-    def scheme(self) -> Scheme:
-        granularity, block = _MODELOPT[self.quant_algo]
-        return Scheme(granularities=(granularity,), block_size=block, scale_name="weight_scale")

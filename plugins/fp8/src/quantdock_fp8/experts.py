@@ -1,4 +1,4 @@
-"""Modules that keep the weights of a layer's experts in 8-bit floats, in the place of a parameter
+"""Modules that keep the weights of a layer's experts in floats of 8 or 4 bits, in the place of a parameter
 ``[experts, rows, columns]``.
 
 A module keeps its own code. What it finds under the parameter's name is a ``Stack``.
@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 from quantdock import TensorSpec
 from quantdock_fp8.bits import Bits
-from quantdock_fp8.scheme import Tiling, scale_of
 from quantdock_fp8.stack import Stack
+from quantdock_fp8.weight import Coding, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """One parameter of a module that is kept in 8-bit floats."""
+    """One parameter of a module that is kept so."""
 
     names: tuple[str, ...]
     """Of its components."""
-    scale_name: str
-    tiling: Tiling
+    coding: Coding
 
 
 class Fp8Experts(Bits):
@@ -39,10 +38,9 @@ class Fp8Experts(Bits):
 
     def _fp8_stack(self, leaf: str) -> Stack:
         held = self._fp8_held[leaf]
-        stored, scale = self._parameters[leaf], self._buffers[held.scale_name]
-        assert stored is not None
-        assert scale is not None
-        return Stack(stored.detach(), scale, held.tiling, self._fp8_dtype)
+        found = {name: self._slot(name) for name in held.names}
+        stored = {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+        return Stack(Weight.of(stored, held.coding), self._fp8_dtype, swapped=held.coding.swapped)
 
     def _bits(self) -> list[str]:
         return [name for held in self._fp8_held.values() for name in held.names]
@@ -55,28 +53,29 @@ class Fp8Experts(Bits):
 
 
 def hold(
-    module: nn.Module, leaf: str, components: Mapping[str, TensorSpec], tiling: Tiling, dtype: torch.dtype
+    module: nn.Module, leaf: str, components: Mapping[str, TensorSpec], coding: Coding, dtype: torch.dtype
 ) -> None:
-    """Let a module keep one of its parameters in 8-bit floats.
+    """Let a module keep one of its parameters in floats of 8 or 4 bits.
 
     Args:
         module: on the meta device; its class becomes one that is derived from its own.
         leaf: name of the parameter.
-        components: the stored tensors; codes under the parameter's own name, the others become buffers.
-        tiling: which elements of an expert's matrix share a scale.
+        components: the stored tensors; what has the parameter's own name stays a parameter, the others become buffers.
+        coding: which of them is what.
         dtype: what the parameter passes for.
     """
     if not isinstance(module, Fp8Experts):
         module._fp8_held, module._fp8_dtype = {}, dtype  # type: ignore[assignment]
     plain: type = module._fp8_plain if isinstance(module, Fp8Experts) else type(module)
     held: dict[str, Held] = module._fp8_held  # type: ignore[assignment]
+    module._parameters[leaf] = None  # which keeps its place among the others
     for name, spec in components.items():
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         if name == leaf:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             module.register_buffer(name, tensor)
-    held[leaf] = Held(names=tuple(components), scale_name=scale_of(components, leaf), tiling=tiling)
+    held[leaf] = Held(names=tuple(components), coding=coding)
     module.__class__ = _class(plain, tuple(held))
 
 

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from quantdock import Assembly, Parameter, Piece, SaveError, StoredTensor, TensorSpec, UnsupportedError
-from quantdock_fp8.scheme import Scheme, Shape, Tiling, component_of
+from quantdock_fp8.scheme import Scheme, component_of
+from quantdock_fp8.tiling import Shape, Tiling
 
 _ONE: tuple[Shape, ...] = ((), (1,))
 
@@ -61,11 +62,11 @@ def assemble(
         place = piece.into[1] if len(piece.into) > 1 else slice(0, rows)
         part = (place.start or 0) // rows if isinstance(place, slice) else 0
         for name, spec in specs.items():
-            into = piece.into if name == "weight" else (piece.into[0], _rows(spec, part))
+            into = piece.into if name == scheme.codes_name else (piece.into[0], _rows(spec, part))
             made.setdefault(name, []).append(Piece(source=found[name].name, into=into))
     return {
         component_of(name, parameter.leaf): Assembly(
-            shape=shape if name == "weight" else _joined(first[name].shape, shape[0], parts), pieces=tuple(placed)
+            shape=_joined(first[name].shape, shape[0], parts), pieces=tuple(placed)
         )
         for name, placed in made.items()
     }
@@ -103,6 +104,7 @@ def disassemble(
     parameter: Parameter,
     exported: Mapping[str, Mapping[str, Tensor]],
     *,
+    codes: str,
     companions: Mapping[str, str],
     tiling: Tiling,
     single: Collection[str],
@@ -112,6 +114,7 @@ def disassemble(
     Args:
         parameter: which one.
         exported: component -> name of a piece -> its part.
+        codes: the component with the codes, which any piece has.
         companions: component -> what it is called beside the ``weight`` of a piece.
         tiling: which elements of an expert's matrix share a scale.
         single: components that are one number for each piece.
@@ -119,7 +122,7 @@ def disassemble(
     Raises:
         SaveError: the architecture doesn't cut up scales as it does codes.
     """
-    weights = exported[parameter.leaf]
+    weights = exported[codes]
     result = {}
     for component, tensors in exported.items():
         for piece, tensor in tensors.items():

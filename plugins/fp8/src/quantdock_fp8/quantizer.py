@@ -1,4 +1,4 @@
-"""8-bit floats as quantizers of quantdock, one for each ``quant_method`` that checkpoints use."""
+"""Floats of few bits as quantizers of quantdock, one for each ``quant_method`` that checkpoints use."""
 
 from __future__ import annotations
 
@@ -25,28 +25,34 @@ from quantdock import (
     ops,
 )
 from quantdock_fp8 import codes, experts
-from quantdock_fp8.config import FbgemmFp8Config, FloatConfig, Fp8Config, ModelOptConfig, Mxfp8Config
+from quantdock_fp8.config import FbgemmFp8Config, FloatConfig, Fp8Config, Mxfp8Config
 from quantdock_fp8.linear import Fp8Linear
+from quantdock_fp8.modelopt_config import ModelOptConfig
 from quantdock_fp8.pieces import assemble, disassemble, parts_of
-from quantdock_fp8.scheme import EXTRA_NAMES, SCALE_NAMES, STACKED_LEAVES, Block, Tiling, component_of, scale_of
-from quantdock_fp8.stack import decode
+from quantdock_fp8.scheme import STACKED_LEAVES, Scheme, component_of
+from quantdock_fp8.tiling import Block
+from quantdock_fp8.weight import Coding, Weight
 
 _DEVICES = ("cpu", "cuda", "xpu")
 _LINEAR = ("linear", "linear-transposed")
 _QUANTIZES = Capabilities(quantize=True, load=True, dequantize=True, save=True, train=True)
-_LOADS = Capabilities(quantize=False, load=True, dequantize=True, save=True, train=True)
+LOADS = Capabilities(quantize=False, load=True, dequantize=True, save=True, train=True)
 
 ConfigT = TypeVar("ConfigT", bound=FloatConfig)
 
 
 class FloatQuantizer(Quantizer[ConfigT]):
-    """Weights of linear layers and of experts in float8_e4m3fn, with the scales that the config describes."""
+    """Weights of linear layers and of experts in floats of few bits, with the scales that the config describes."""
 
     def __init__(self, config: ConfigT, *, prequantized: bool = False) -> None:
         super().__init__(config, prequantized=prequantized)
         self._scheme = config.scheme
         self._skipped = SkipList(config.skipped)
         self._cuts: dict[str, int | None] = {}
+
+    def scheme_of(self, parameter: Parameter) -> Scheme:
+        """How a parameter is stored."""
+        return self._scheme
 
     # What the core asks -------------------------------------------------------------------------------------------
 
@@ -59,7 +65,7 @@ class FloatQuantizer(Quantizer[ConfigT]):
         elif parameter.leaf != "weight" or parameter.module_type is not nn.Linear:
             # Classes that inherit from it may use their weight in other ways, as nn.MultiheadAttention's does.
             kind = parameter.module_type.__name__
-            return f"in {kind}: 8-bit floats are for the weights of nn.Linear and of experts only"
+            return f"in {kind}: this method is for the weights of nn.Linear and of experts only"
         elif not parameter.module:
             return "the model is a linear layer itself: layers are swapped inside of a model"
         if not self.prequantized:  # what is stored quantized is loaded quantized, whatever the list says
@@ -77,7 +83,7 @@ class FloatQuantizer(Quantizer[ConfigT]):
 
     def layout(self, parameter: Parameter) -> Layout:
         components = self._scheme.made(parameter, self._parts(parameter))
-        shape, tiling = parameter.spec.shape, self._tiling(parameter, components)
+        shape, tiling = parameter.spec.shape, self._coding(parameter, components).tiling
         matrix = (shape[-2] // tiling.parts, shape[-1])
         working = codes.working_bytes(matrix, tiling.block, parameter.spec.dtype.itemsize)
         slices = Slices(multiple=tiling.block[0] if len(shape) == 2 else 1, working_bytes=working)
@@ -86,29 +92,37 @@ class FloatQuantizer(Quantizer[ConfigT]):
         return Layout(components=components, working_bytes=working, slices=None if whole else slices)
 
     def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
-        return Layout(components=self._scheme.stored(parameter, found, self._parts(parameter)))
+        return Layout(components=self.scheme_of(parameter).stored(parameter, found, self._parts(parameter)))
+
+    def stands_for(self, name: str, found: Mapping[str, TensorSpec]) -> TensorSpec | None:
+        codes = found.get(self._scheme.codes_name)
+        return None if codes is None else self._scheme.decoded(codes)
 
     def companions(self) -> Mapping[str, str]:
-        names = (*SCALE_NAMES, *EXTRA_NAMES)
+        return self.companions_of(self._scheme)
+
+    def companions_of(self, scheme: Scheme) -> dict[str, str]:
+        """Those of parameters that are stored as ``scheme`` says."""
+        names = [name for name in scheme.names() if name != "weight"]
         return {component_of(name, leaf): leaf for leaf in ("weight", *STACKED_LEAVES) for name in names}
 
     def assemble(
         self, parameter: Parameter, pieces: Mapping[str, Mapping[str, StoredTensor]]
     ) -> Mapping[str, Assembly]:
-        return assemble(parameter, self.assemblies[parameter.name], pieces, self._scheme)
+        return assemble(parameter, self.assemblies[parameter.name], pieces, self.scheme_of(parameter))
 
     def stored_in_pieces(self, parameter: Parameter) -> bool:
         return len(parameter.spec.shape) == 3
 
     def disassemble(self, parameter: Parameter, exported: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        components = self.layout_of(parameter).components
-        called = {component_of(name, parameter.leaf): name for name in ("weight", *SCALE_NAMES, *EXTRA_NAMES)}
+        components, scheme = self.layout_of(parameter).components, self.scheme_of(parameter)
+        called = {component_of(name, parameter.leaf): name for name in scheme.names()}
         each = parameter.spec.shape[0] * max(1, self._parts(parameter))
-        one = [component_of(name, parameter.leaf) for name in EXTRA_NAMES]
-        if "tensor" in self._scheme.granularities:
+        one = [component_of(name, parameter.leaf) for name in (*scheme.extra_names, *scheme.factor_names)]
+        if "tensor" in scheme.granularities:
             one += [name for name, spec in components.items() if spec.numel == each]
-        tiling = self._tiling(parameter, components)
-        return disassemble(parameter, exported, companions=called, tiling=tiling, single=one)
+        coding = self._coding(parameter, components)
+        return disassemble(parameter, exported, codes=coding.codes, companions=called, tiling=coding.tiling, single=one)
 
     def saved_config(self, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
         """The config, with the linear layers and experts that were left alone listed: transformers would look for
@@ -142,12 +156,12 @@ class FloatQuantizer(Quantizer[ConfigT]):
         for parameter in self.parameters.values():
             old = parameter.owner(model)
             components = self.layout_of(parameter).components
-            tiling = self._tiling(parameter, components)
+            coding = self._coding(parameter, components)
             if len(parameter.spec.shape) == 3:
-                experts.hold(old, parameter.leaf, components, tiling, parameter.spec.dtype)
+                experts.hold(old, parameter.leaf, components, coding, parameter.spec.dtype)
             else:
                 assert isinstance(old, nn.Linear)
-                swapped[old] = Fp8Linear(old, components, tiling.block)
+                swapped[old] = Fp8Linear(old, components, coding)
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if child in swapped:
@@ -164,7 +178,7 @@ class FloatQuantizer(Quantizer[ConfigT]):
     def quantize_slice(self, parameter: Parameter, tensor: Tensor, start: int, parts: Mapping[str, Tensor]) -> None:
         name = component_of(self._scheme.scale_name, parameter.leaf)
         scale, stop = parts[name], start + len(tensor)
-        tiling = self._tiling(parameter, {name: TensorSpec.of(scale)})
+        tiling = self._coding(parameter, {name: TensorSpec.of(scale)}).tiling
         if tensor.dim() == 2:
             mine = scale[start // tiling.block[0] : -(-stop // tiling.block[0])] if scale.dim() else scale
             self._encode(tensor, tiling.block, parts[parameter.leaf][start:stop], mine)
@@ -181,9 +195,11 @@ class FloatQuantizer(Quantizer[ConfigT]):
         codes.encode(matrix, found, block, into)
 
     def dequantize(self, components: Mapping[str, Tensor], parameter: Parameter) -> Tensor:
-        tiling = self._tiling(parameter, {name: TensorSpec.of(tensor) for name, tensor in components.items()})
-        scale = components[scale_of(components, parameter.leaf)]
-        return decode(components[parameter.leaf], scale, tiling, parameter.spec.dtype)
+        coding = self._coding(parameter, {name: TensorSpec.of(tensor) for name, tensor in components.items()})
+        stored, spec = Weight.of(components, coding), parameter.spec
+        out = torch.empty(spec.shape, dtype=spec.dtype, device=stored.codes.device)
+        stored.decode_into(out.mT if coding.swapped else out)
+        return out
 
     def restore_module(self, module: nn.Module, parameter: Parameter) -> nn.Module:
         if len(parameter.spec.shape) == 2:
@@ -202,10 +218,8 @@ class FloatQuantizer(Quantizer[ConfigT]):
             self._cuts[parameter.name] = parts_of(self.assemblies[parameter.name], parameter.spec.shape)
         return self._cuts[parameter.name]
 
-    def _tiling(self, parameter: Parameter, components: Mapping[str, TensorSpec]) -> Tiling:
-        """Which elements share a scale, which the scale's shape tells."""
-        shape = components[scale_of(components, parameter.leaf)].shape
-        return self._scheme.tilings(parameter.spec.shape, self._parts(parameter))[shape]
+    def _coding(self, parameter: Parameter, components: Mapping[str, TensorSpec]) -> Coding:
+        return self.scheme_of(parameter).coding(parameter, components, self._parts(parameter))
 
 
 class Fp8Quantizer(FloatQuantizer[Fp8Config]):
@@ -238,11 +252,11 @@ class Mxfp8Quantizer(FloatQuantizer[Mxfp8Config]):
     """Loads checkpoints with one power of two for 32 elements of a row."""
 
     config_class: ClassVar[type[QuantizationConfig]] = Mxfp8Config
-    capabilities: ClassVar[Capabilities] = _LOADS
+    capabilities: ClassVar[Capabilities] = LOADS
 
 
 class ModelOptQuantizer(FloatQuantizer[ModelOptConfig]):
     """Loads checkpoints of NVIDIA's Model Optimizer."""
 
     config_class: ClassVar[type[QuantizationConfig]] = ModelOptConfig
-    capabilities: ClassVar[Capabilities] = _LOADS
+    capabilities: ClassVar[Capabilities] = LOADS

@@ -1,4 +1,4 @@
-"""Tensors in 8-bit floats that pass for tensors in full precision, and decode an expert when somebody gets to it."""
+"""Tensors in floats of 8 or 4 bits that pass for tensors in full precision; an expert is decoded when it is used."""
 
 from __future__ import annotations
 
@@ -10,39 +10,33 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from quantdock import UnsupportedError, ops
-from quantdock_fp8.linear import multiply
-from quantdock_fp8.scheme import Tiling, as_grid
+from quantdock import UnsupportedError
+from quantdock_fp8.weight import Weight
 
 
 class Stack(torch.Tensor):
-    """A matrix, or one per expert, that is stored in 8-bit floats and looks like a tensor in full precision.
+    """A matrix, or one per expert, that is stored in floats of 8 or 4 bits and looks like a tensor in full precision.
 
     Indexing gives the matrix of one expert, and multiplying decodes it a part at a time, as ``Fp8Linear`` does it.
     Grouped and batched multiplications do so for one expert after the other. Any other function gets the decoded
     tensor, whole.
     """
 
-    codes: Tensor
-    scale: Tensor
-    tiling: Tiling
+    stored: Weight
     swapped: bool
 
     @staticmethod
-    def __new__(
-        cls, codes: Tensor, scale: Tensor, tiling: Tiling, dtype: torch.dtype, *, swapped: bool = False
-    ) -> Stack:
+    def __new__(cls, stored: Weight, dtype: torch.dtype, *, swapped: bool = False) -> Stack:
         """
         Args:
-            codes: float8_e4m3fn ``[rows, columns]`` or ``[experts, rows, columns]``.
-            scale: as it is stored, of the matrix or of each expert.
-            tiling: which elements of a matrix share a scale.
+            stored: ``[rows, columns]`` or ``[experts, rows, columns]``.
             dtype: of what this passes for.
             swapped: whether it passes for its transpose.
         """
-        shape = codes.transpose(-2, -1).shape if swapped else codes.shape
-        made: Stack = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
-        made.codes, made.scale, made.tiling, made.swapped = codes, scale, tiling, swapped
+        *outer, rows, columns = stored.shape
+        shape = (*outer, columns, rows) if swapped else (*outer, rows, columns)
+        made: Stack = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=stored.codes.device)
+        made.stored, made.swapped = stored, swapped
         made._is_param = True  # what nn.Parameter's isinstance looks at
         return made
 
@@ -59,7 +53,7 @@ class Stack(torch.Tensor):
         first = next(iter((*args, *(kwargs or {}).values())), None)
         if isinstance(first, Stack) and _IN_PLACE.fullmatch(name):
             raise UnsupportedError(
-                f"{name} on the weights of experts that are kept in 8-bit floats: they can't be changed in place; "
+                f"{name} on the weights of experts that are kept in few bits: they can't be changed in place; "
                 "quantdock.dequantize(model) first"
             )
         known = _KNOWN.get(name)
@@ -75,46 +69,16 @@ class Stack(torch.Tensor):
 
     def expert(self, index: int) -> Stack:
         """The matrix of one expert."""
-        return Stack(self.codes[index], self.scale[index], self.tiling, self.dtype, swapped=self.swapped)
+        return Stack(self.stored.expert(index), self.dtype, swapped=self.swapped)
 
     def transposed(self) -> Stack:
         """The same with its last two dimensions swapped."""
-        return Stack(self.codes, self.scale, self.tiling, self.dtype, swapped=not self.swapped)
+        return Stack(self.stored, self.dtype, swapped=not self.swapped)
 
     def decode(self) -> Tensor:
         """What this passes for, as a plain tensor."""
-        plain = decode(self.codes, self.scale, self.tiling, self.dtype)
+        plain = self.stored.decode(self.dtype)
         return plain.mT if self.swapped else plain
-
-    def times(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``nn.functional.linear`` with a matrix that isn't swapped."""
-        scales = as_grid(self.scale, *self.tiling.grid(tuple(self.codes.shape)))
-        found = [
-            multiply(input, self.codes[rows], scales[down], self.tiling.block, None if bias is None else bias[rows])
-            for rows, down in self.tiling.ranges(len(self.codes))
-        ]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
-
-
-def decode(codes_: Tensor, scale: Tensor, tiling: Tiling, dtype: torch.dtype) -> Tensor:
-    """Codes times scales in float32, rounded once.
-
-    Args:
-        codes_: float8_e4m3fn ``[rows, columns]`` or ``[experts, rows, columns]``.
-        scale: as it is stored, of the matrix or of each expert.
-        tiling: which elements of a matrix share a scale.
-        dtype: float32, bfloat16 or float16.
-    """
-    out = torch.empty(codes_.shape, dtype=dtype, device=codes_.device)
-    if codes_.dim() == 2:
-        codes_, scale, into = codes_[None], scale[None], out[None]
-    else:
-        into = out
-    for matrix, own, target in zip(codes_, scale, into, strict=True):
-        scales = as_grid(own, *tiling.grid(tuple(matrix.shape)))
-        for rows, down in tiling.ranges(len(matrix)):
-            ops.decode_fp8(matrix[rows], scales=scales[down], block=tiling.block, out=target[rows])
-    return out
 
 
 def _decoded(arguments: Any) -> Any:
@@ -158,14 +122,14 @@ def _swap(stack: Any, first: int, second: int) -> Any:
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, Stack) or not isinstance(weight, Stack) or weight.dim() != 2 or weight.swapped:
         return NotImplemented
-    return weight.times(input, bias)
+    return weight.stored.times(input, bias)
 
 
 def _matmul(input: Any, other: Any) -> Any:
     if isinstance(input, Stack) or not isinstance(other, Stack):
         return NotImplemented
     if other.dim() == 2:
-        return other.times(input) if other.swapped else NotImplemented
+        return other.stored.times(input) if other.swapped else NotImplemented
     return _bmm(input, other) if input.dim() == 3 else NotImplemented
 
 

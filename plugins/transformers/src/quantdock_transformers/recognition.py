@@ -34,13 +34,18 @@ def forget(model: Any) -> None:
 
 
 def _foreign_config(data: Mapping[str, Any]) -> Any:
-    """transformers' config object for a method that it knows, the plain data for any other."""
+    """transformers' config object for a method that it knows and can make one for, else the plain data."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
     known = (
         data["quant_method"] in AUTO_QUANTIZATION_CONFIG_MAPPING or data.get("load_in_4bit") or data.get("load_in_8bit")
     )
-    return AutoQuantizationConfig.from_dict(dict(data)) if known else dict(data)
+    if not known:
+        return dict(data)
+    try:
+        return AutoQuantizationConfig.from_dict(dict(data))
+    except ImportError:  # the config object of compressed-tensors is made by that package, which isn't needed here
+        return dict(data)
 
 
 class QuantdockQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped

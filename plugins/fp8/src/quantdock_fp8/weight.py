@@ -1,0 +1,104 @@
+"""A stored weight: the tensors that make it up, and how they are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from quantdock_fp8 import codes
+from quantdock_fp8.multiplying import multiply
+from quantdock_fp8.tiling import Shape, Tiling, as_grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coding:
+    """Which component of a weight is what, and how they are decoded."""
+
+    codes: str
+    """The component with the codes: float8_e4m3fn, or uint8 with two codes of four bits in each byte."""
+    scale: str
+    """The component with the scales of blocks."""
+    tiling: Tiling
+    """Which elements of a matrix share one of those."""
+    factor: str | None = None
+    """The component with one number for all of a matrix, or of each of its parts, that scales are scaled with."""
+    divides: bool = False
+    """Whether scales are divided by that number; they are multiplied with it otherwise."""
+    in_blocks: bool = False
+    """Whether codes have one more dimension, along which those are that share a scale."""
+    swapped: bool = False
+    """Whether the parameter is the transpose of what is stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """The tensors of a matrix, or of one per expert, as they are stored."""
+
+    codes: Tensor
+    """``[..., rows, columns]``, or ``[..., rows, columns / 2]`` with two in a byte."""
+    scale: Tensor
+    factor: Tensor | None
+    coding: Coding
+
+    @classmethod
+    def of(cls, components: Mapping[str, Tensor], coding: Coding) -> Self:
+        """The weight that is stored as ``components``."""
+        stored = components[coding.codes]
+        return cls(
+            codes=stored.flatten(-2) if coding.in_blocks else stored,
+            scale=components[coding.scale],
+            factor=None if coding.factor is None else components[coding.factor],
+            coding=coding,
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """``[..., rows, columns]``."""
+        return codes.shape_of(self.codes)
+
+    def expert(self, index: int) -> Weight:
+        """The matrix of one expert."""
+        factor = None if self.factor is None else self.factor[index]
+        return replace(self, codes=self.codes[index], scale=self.scale[index], factor=factor)
+
+    def scales(self) -> Tensor:
+        """What the codes of a matrix are multiplied with: ``float32 [blocks down, blocks across]``."""
+        down, across = self.coding.tiling.grid(self.shape)
+        found = as_grid(self.scale, down, across)
+        if self.factor is None:
+            return found
+        each = self.factor.to(torch.float32).reshape(-1, 1)
+        if len(each) > 1:  # one for each part of an expert's matrix
+            each = each.repeat_interleave(down // len(each), 0)
+        return found / each if self.coding.divides else found * each
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """Codes times scales in float32, rounded once to float32, bfloat16 or float16; ``[..., rows, columns]``."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        self.decode_into(out)
+        return out
+
+    def decode_into(self, out: Tensor) -> None:
+        """Write what ``decode`` returns into ``out``, which may have any strides if codes are of four bits."""
+        if self.codes.dim() > 2:
+            for index, target in enumerate(out):
+                self.expert(index).decode_into(target)
+            return
+        scales = self.scales()
+        for rows, down in self.coding.tiling.ranges(len(out)):
+            codes.decode(self.codes[rows], scales[down], self.coding.tiling.block, out[rows])
+
+    def times(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``nn.functional.linear`` with a matrix, in the dtype of the input or of autocast."""
+        scales = self.scales()
+        found = [
+            multiply(
+                input, self.codes[rows], scales[down], self.coding.tiling.block, None if bias is None else bias[rows]
+            )
+            for rows, down in self.coding.tiling.ranges(len(self.codes))
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)

@@ -44,7 +44,7 @@ def error(model: Any, full: Any) -> float:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "qwen3", "opt", "mixtral", "gpt_neox"])
 def test_architectures_come_closer_than_by_rounding(model_type: str, tiny: TinyFactory, tmp_path: Path) -> None:
-    """Blocks that return tensors and tuples, masks per layer, weights stored [in, out], and experts left alone."""
+    """Blocks that return tensors and tuples, masks per layer, weights stored [in, out], experts in one parameter."""
     full = quantdock.load(tiny(model_type))
     rounded = quantdock.load(tiny(model_type), quantize=GPTQConfig(bits=4, group_size=32))
     calibrated = quantdock.load(tiny(model_type), quantize=config())

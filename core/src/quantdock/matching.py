@@ -92,11 +92,10 @@ def match(skeleton: Skeleton, checkpoint: Checkpoint, selection: Selection, opti
         chosen.quantizer.assemblies = found.assemblies
     companions = _split_companions(found, checkpoint, selection)
     groups = _group(companions, checkpoint)
-    # A quantized parameter is routed by its own name, also where nothing is stored under it.
-    stand_ins = {base: next(iter(parts.values())).spec for base, parts in groups.items()}
     stored = {name: tensor.spec for name, tensor in checkpoint.tensors.items() if name not in companions}
     routing = skeleton.architecture.route(
-        stand_ins | stored, {name: parameter.spec for name, parameter in found.parameters.items()}
+        stored | {base: _stand_in(base, parts, stored, selection) for base, parts in groups.items()},
+        {name: parameter.spec for name, parameter in found.parameters.items()},
     )
     _take_conversions(found, routing.conversions, groups, checkpoint, selection)
     _take_unmatched(found, routing.unmatched, groups, skeleton.architecture, checkpoint, options)
@@ -147,6 +146,17 @@ def _group(companions: Mapping[str, tuple[str, str]], checkpoint: Checkpoint) ->
     for name, (base, component) in companions.items():
         groups[base][component] = checkpoint.tensors[name]
     return dict(groups)
+
+
+def _stand_in(
+    base: str, parts: Mapping[str, StoredTensor], stored: Mapping[str, TensorSpec], selection: Selection
+) -> TensorSpec:
+    """What a quantized parameter is routed as: its own dtype and shape where a quantizer can tell them, else those of
+    what is stored under its name, or of any of its components."""
+    own = {base.rpartition(".")[2]: stored[base]} if base in stored else {}
+    found = own | {component: tensor.spec for component, tensor in parts.items()}
+    told = (chosen.quantizer.stands_for(base, found) for chosen in selection)
+    return next((spec for spec in told if spec is not None), None) or next(iter(found.values()))
 
 
 def _take_conversions(

@@ -182,6 +182,17 @@ class Quantizer(ABC, Generic[ConfigT]):
         """
         return {}
 
+    def stands_for(self, name: str, found: Mapping[str, TensorSpec]) -> TensorSpec | None:
+        """Dtype and shape of the weight that components stand for; ``None`` when they don't tell.
+
+        Where a weight goes, architectures are asked by its name and shape; codes that share words have another shape.
+
+        Args:
+            name: the weight's, as it would be stored in full precision.
+            found: component -> dtype and shape.
+        """
+        return None
+
     def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
         """The layout of a parameter that the checkpoint holds quantized, checked against what was found.
 

@@ -41,7 +41,9 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_and_logits_are_gptqmodels(name: str) -> None:
-    model = quantdock.load(FIXTURES / name, dtype=torch.float16)
+    config = json.loads((FIXTURES / name / "config.json").read_text())["quantization_config"]
+    exact = config | {"compute_dtype": "float16"}  # or else the layers compute in bfloat16, as gptqmodel's fast ones do
+    model = quantdock.load(FIXTURES / name, dtype=torch.float16, quantize=exact)
     assert digests(model) == json.loads((FIXTURES / name / "weights.json").read_text())
     reference = load_file(FIXTURES / name / "reference.safetensors")
     assert torch.equal(logits(model, reference["ids"]), reference["logits"])
@@ -51,15 +53,31 @@ def test_weights_and_logits_are_gptqmodels(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-3)])
-def test_logits_in_other_dtypes(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    """In bfloat16, whichever kernel takes the rows: all at once, and few."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-2), (torch.float32, 1e-3)])
+def test_logits_by_the_path_that_is_chosen(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """In 16 bits, whichever kernel takes the rows: all at once, and few."""
     model = quantdock.load(FIXTURES / name, dtype=dtype)
     reference = load_file(FIXTURES / name / "reference.safetensors")
     expected = reference["logits"].float()
     for ids in (reference["ids"], reference["ids"].repeat(2, 1)):
         found = logits(model, ids)[0].float()
         assert (found - expected[0]).norm() < tolerance * expected.norm()
+
+
+def test_the_report_says_how_layers_multiply() -> None:
+    model = quantdock.load(FIXTURES / PLAIN, dtype=torch.bfloat16)
+    report = quantdock.report(model)
+    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    way = (
+        "int4pack in bfloat16 and float16, columns in float32"
+        if fast
+        else "columns in bfloat16 and float16 and float32"
+    )
+    assert report.paths == report.to_dict()["paths"] == dict.fromkeys(layers(model), way)
+    assert f"{way}: {len(report.paths)} modules" in str(report)
+    logits(model, torch.arange(4)[None])
+    assert quantdock.report(model).paths == report.paths
+    assert not quantdock.report(quantdock.dequantize(model)).paths
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,7 +236,7 @@ PROBLEMS: Mapping[str, tuple[Change, str]] = {
     "g_idx past the groups": (put(".g_idx", lambda tensor: tensor + 1), "g_idx names the groups 1 to 1.*0 to 0"),
     "g_idx below": (put(".g_idx", lambda tensor: tensor - 1), "g_idx names the groups -1"),
     "bits that aren't": (say(bits=5), "GPTQ in 5 bits can't be read; expected 2, 3, 4, 8"),
-    "marlin": (formats("marlin"), "format 'marlin' can't be read; .* 'gptq' and 'gptq_v2'"),
+    "another layout": (formats("bitblas"), "format 'bitblas' can't be read; .* 'gptq', 'gptq_v2', 'marlin'"),
     "an unknown format": (formats("no_such"), "format 'no_such' can't be read"),
     "formats that differ": (say(format="gptq_v2"), "checkpoint_format and format differ: gptq and gptq_v2"),
     "another method": (say(method="qqq"), "method is 'qqq'"),

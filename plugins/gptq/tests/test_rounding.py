@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,20 @@ def test_what_has_no_scale_is_refused(value: float, sym: bool, tmp_path: Path) -
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(quantdock.LoadError, match=r"blocks\.1\.up\.weight has weights that are infinite"):
         quantdock.load(tmp_path, model=SmallModel, quantize=GPTQConfig(bits=4, sym=sym))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"group_size": 48}, r"blocks\.0\.up\.weight: groups of 48 don't divide its 64 inputs; choose a group_size"),
+        ({"bits": 5}, "GPTQ in 5 bits can't be read; expected 2, 3, 4, 8"),
+        ({"bits": 4, "dynamic": {".*up": {"bits": 7}}}, "GPTQ in 7 bits can't be read; expected 2, 3, 4, 8"),
+    ],
+)
+def test_what_has_no_form_is_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    with pytest.raises(quantdock.QuantdockError, match=message):
+        quantdock.plan(tmp_path, quantize=GPTQConfig(**config), model=SmallModel)
 
 
 def test_act_order_needs_data(tmp_path: Path) -> None:

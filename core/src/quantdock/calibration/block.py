@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from quantdock.calibration.capturing import Call
+from quantdock.calibration.watching import watched
 from quantdock.errors import CalibrationError
 from quantdock.tensors import Parameter, TensorSpec
 
 logger = logging.getLogger("quantdock")
 
 See = Callable[[torch.Tensor], None]
+SeeExpert = Callable[[int, torch.Tensor], None]
 
 
 class _SeenEnough(Exception):  # noqa: N818 - no error
@@ -99,10 +101,25 @@ class CalibrationBlock:
                 with suppress(_SeenEnough):
                     self.forward(batch)
 
+    def observe_experts(self, see: Mapping[str, SeeExpert]) -> None:
+        """Run all batches through the block and look at what experts are fed.
+
+        Args:
+            see: name of a parameter ``[experts, outputs, inputs]`` -> called with the number of an expert and what is
+                multiplied with its matrix, ``[rows, inputs]``; not at all for an expert that no token is routed to.
+                Don't write into it.
+
+        Raises:
+            CalibrationError: its module doesn't multiply with one expert at a time.
+        """
+        with self._watched({self.parameters[name]: one for name, one in see.items()}):
+            for batch in range(self.batches):
+                self.forward(batch)
+
     def same_input(self) -> list[list[Parameter]]:
         """The parameters in groups that are fed the very same tensor, in order of execution.
 
-        Those whose modules are never called come last, each alone.
+        Experts in one parameter are alone. Those that are never fed anything come last, each alone.
         """
         if self._same is None:
             self._same = self._find_same()
@@ -146,8 +163,7 @@ class CalibrationBlock:
         group_of: dict[str, list[Parameter]] = {}
         counts: dict[str, int] = {}
         by_path: dict[str, list[Parameter]] = {}
-        for parameter in self.parameters.values():
-            by_path.setdefault(self.path(parameter), []).append(parameter)
+        experts: dict[Parameter, SeeExpert] = {}
         fed: list[tuple[str, torch.Tensor]] = []  # holds the tensors, so that no other one takes an address
 
         def watch(path: str) -> Callable[..., None]:
@@ -156,7 +172,17 @@ class CalibrationBlock:
 
             return hook
 
-        with self._hooked({path: watch(path) for path in by_path}):
+        def watch_experts(name: str) -> SeeExpert:
+            return lambda expert, rows: fed.append((name, rows))
+
+        for parameter in self.parameters.values():
+            if len(parameter.spec.shape) == 3:
+                by_path[parameter.name] = [parameter]
+                experts[parameter] = watch_experts(parameter.name)
+            else:
+                by_path.setdefault(self.path(parameter), []).append(parameter)
+        hooks = {path: watch(path) for path, found in by_path.items() if found[0] not in experts}
+        with self._hooked(hooks), self._watched(experts):
             for batch in range(self.batches):
                 self.forward(batch)
                 places: dict[tuple[Any, ...], list[Parameter]] = {}
@@ -171,7 +197,8 @@ class CalibrationBlock:
                         group += by_path[path]
                 fed.clear()
                 if group_of.keys() == by_path.keys():
-                    self._once = frozenset(path for path, count in counts.items() if batch == 0 and count == 1)
+                    once = (path for path, count in counts.items() if batch == 0 and count == 1)
+                    self._once = frozenset(path for path in once if path in hooks)
                     break
         return groups + [[one] for path, found in by_path.items() if path not in group_of for one in found]
 
@@ -183,6 +210,18 @@ class CalibrationBlock:
             parts.append("*" if isinstance(module, nn.ModuleList) else part)
             module = module.get_submodule(part)
         return ".".join([*parts, parameter.leaf])
+
+    @contextmanager
+    def _watched(self, experts: Mapping[Parameter, SeeExpert]) -> Iterator[None]:
+        """Let modules find parameters that tell what they are multiplied with."""
+        owners = [(self.owner(parameter), parameter.leaf) for parameter in experts]
+        try:
+            for (module, leaf), (parameter, see) in zip(owners, experts.items(), strict=True):
+                module.__dict__[leaf] = watched(self.weight(parameter), see, parameter.name)
+            yield
+        finally:
+            for module, leaf in owners:
+                module.__dict__.pop(leaf, None)
 
     @contextmanager
     def _hooked(self, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:

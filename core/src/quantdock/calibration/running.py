@@ -205,7 +205,9 @@ def _in_full_precision(model: nn.Module, owners: Mapping[str, tuple[Chosen, list
     swapped = {path: model.get_submodule(path) for path in owners}
     meta: dict[str, dict[str, nn.Parameter | None]] = {}
     for path, (chosen, parameters) in owners.items():
-        original = chosen.quantizer.restore_module(swapped[path], parameters[0])
+        original = _copied(swapped[path])
+        for parameter in parameters:
+            original = chosen.quantizer.restore_module(original, parameter)
         meta[path] = dict(original._parameters)
         _hand_over(swapped[path], original, {parameter.leaf for parameter in parameters})
         model.set_submodule(path, original.eval())
@@ -215,6 +217,13 @@ def _in_full_precision(model: nn.Module, owners: Mapping[str, tuple[Chosen, list
         _hand_over(original, swapped[path], {parameter.leaf for parameter in parameters})
         original._parameters.update(meta[path])
         model.set_submodule(path, swapped[path])
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A module with the same tensors and children, which may be turned into something else."""
+    copied: nn.Module = module.__class__.__new__(module.__class__)
+    copied.__dict__ = {name: dict(value) if type(value) is dict else value for name, value in module.__dict__.items()}
+    return copied
 
 
 def _hand_over(source: nn.Module, target: nn.Module, quantized: set[str]) -> None:

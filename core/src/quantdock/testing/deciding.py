@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from quantdock.errors import LedgerError, UnsupportedError
 from quantdock.hookspecs import hookimpl
 from quantdock.quantizer import QuantizationConfig
 from quantdock.reporting import report
-from quantdock.testing.model import SmallModel
+from quantdock.testing.model import EXTRA, SmallModel
 from quantdock.testing.suite import Suite, bits_of, quantizer_of
 
 KEPT = "blocks.1.down.weight"
@@ -94,7 +95,7 @@ class Deciding(Suite):
         if self.unsupported_shape is None:
             pytest.skip("unsupported_shape isn't set: the method takes any")
         self.write(tmp_path, linear=self.unsupported_shape)
-        with pytest.raises(LedgerError, match=r"extra\.weight"):
+        with pytest.raises(LedgerError, match=re.escape(f"{EXTRA}.weight")):
             self.plan(tmp_path, config)
 
     def test_unfit_device_is_an_error(self, folder: Path, config: QuantizationConfig) -> None:

@@ -121,7 +121,7 @@ class Executing(Suite):
     def alone(self, tmp_path: Path, config: QuantizationConfig) -> dict[str, Any]:
         """What comes of a load in a new process; one is enough for each config, since they are the same by contract."""
         self.needs_quantizing()
-        asked = json.dumps(config.to_dict())
+        asked = json.dumps({**config.to_dict(), **self.unsaved})
         if asked not in self.seen_alone:
             self.write(tmp_path / "alone", seed=SEED)
             printed = in_new_process("-m", "quantdock.testing.alone", str(tmp_path / "alone"), asked, self.device or "")

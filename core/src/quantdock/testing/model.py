@@ -12,6 +12,8 @@ from torch import nn
 
 VOCABULARY = 32
 EXPERTS = 3
+EXTRA = "blocks.1.extra"
+"""The linear layer of any shape."""
 
 
 class Experts(nn.Module):
@@ -46,8 +48,8 @@ class SmallModel(nn.Module):
     A factory for ``quantdock.load(..., model=SmallModel)``.
 
     Args:
-        config: ``{"features": int, "dtype": str}``, and ``"linear"`` (``[in, out]``) for one more layer that the
-            forward pass doesn't use, of any shape.
+        config: ``{"features": int, "dtype": str}``, and ``"linear"`` (``[in, out]``) for one more layer of any shape
+            in the last block, which the forward pass doesn't use.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -60,7 +62,7 @@ class SmallModel(nn.Module):
         self.head.weight = self.embed.weight
         if "linear" in config:
             inputs, outputs = config["linear"]
-            self.extra = nn.Linear(inputs, outputs, dtype=dtype)
+            self.blocks[-1].extra = nn.Linear(inputs, outputs, dtype=dtype)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("positions", torch.arange(16, dtype=torch.float32) / 16, persistent=False)
 
@@ -92,7 +94,7 @@ def write_checkpoint(
         features: width of the model; its linear layers are ``[2 * features, features]`` and the reverse.
         dtype: of its parameters.
         seed: of their values.
-        linear: ``[in, out]`` of one more layer, ``extra``.
+        linear: ``[in, out]`` of one more layer, ``EXTRA``.
     """
     from safetensors.torch import save_file
 

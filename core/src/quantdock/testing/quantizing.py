@@ -12,7 +12,7 @@ from quantdock.layout import Slices
 from quantdock.quantizer import QuantizationConfig, Quantizer
 from quantdock.tensors import Parameter, TensorSpec
 from quantdock.testing.memory import PeakBytes, expired, weak
-from quantdock.testing.model import SmallModel
+from quantdock.testing.model import EXTRA, SmallModel
 from quantdock.testing.suite import Suite, bits_of, components_of, different, logits, quantizer_of, sqnr_db
 
 SLACK = 64 << 10
@@ -152,8 +152,8 @@ class Quantizing(Suite):
         self.write(folder, dtype=dtype, linear=(widened * self.features, 2 * widened * self.features))
         plan = self.plan(folder, config)
         quantizer = quantizer_of(plan)
-        parameter = quantizer.parameters.get("extra.weight")
-        assert parameter is not None, "the linear layer 'extra' isn't quantized"
+        parameter = quantizer.parameters.get(f"{EXTRA}.weight")
+        assert parameter is not None, f"the linear layer {EXTRA!r} isn't quantized"
         return quantizer, parameter, torch.device(plan.placement.device_of(parameter.name))
 
 

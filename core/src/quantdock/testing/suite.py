@@ -32,6 +32,9 @@ class Suite:
     """Entry points of its presets."""
     configs: ClassVar[Sequence[QuantizationConfig]] = ()
     """What to load with; the presets, when there are none."""
+    unsaved: ClassVar[Mapping[str, Any]] = {}
+    """Fields of all ``configs`` that ``to_dict`` leaves out and a load needs, JSON-ready: calibration data, such as
+    ``{"dataset": [{"ids": [[1, 2, 3]]}]}`` for the small model, whose only input is called ``ids``."""
     min_sqnr_db: ClassVar[float] = 15.0
     """Signal to quantization noise of each weight, in decibels, that the method must reach for normal values. Without
     ``capabilities.dequantize``: of the model's output."""

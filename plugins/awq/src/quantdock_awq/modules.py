@@ -1,4 +1,4 @@
-"""The linear layer that holds an AWQ weight, and that weight as codes, scales and zero points."""
+"""What holds AWQ weights, linear layers and experts, and such a weight as codes, scales and zero points."""
 
 from __future__ import annotations
 
@@ -91,6 +91,38 @@ class AwqLinear(linears.GroupedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}, version={self.packing.label}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwqExperts:
+    """How a module's experts are read: a ``quantdock.linears.Reading``."""
+
+    leaf: str
+    """Name of the parameter."""
+    shape: tuple[int, int, int]
+    """``[experts, outputs, inputs]``."""
+    parts: int
+    """Weights that the outputs of an expert are divided among."""
+    packing: Packing
+    group_size: int
+    """Inputs per group, never -1."""
+    compute_dtype: torch.dtype | None
+
+    def matrices(self, tensors: Mapping[str, Tensor]) -> linears.JointMatrices:
+        _, outputs, inputs = self.shape
+        stacks = {name.removeprefix(f"{self.leaf}_"): tensor for name, tensor in tensors.items()}
+
+        def piece(expert: int, part: int) -> AwqWeight:
+            own = {name: stack[expert, part] for name, stack in stacks.items()}
+            return weight_of(own, self.packing, (outputs // self.parts, inputs), self.group_size)
+
+        return linears.JointMatrices(
+            shape=self.shape,
+            parts=self.parts,
+            piece=piece,
+            device=stacks["scales"].device,
+            compute_dtype=self.compute_dtype,
+        )
 
 
 def weight_of(

@@ -38,6 +38,10 @@ class Packing(ABC):
         """The stored tensors of a weight that fits: ``qweight``, ``scales`` and the first of ``zeros_names``."""
 
     @abstractmethod
+    def shape_of(self, qweight: tuple[int, ...]) -> tuple[int, int]:
+        """``[outputs, inputs]`` of the weight whose ``qweight`` has a shape."""
+
+    @abstractmethod
     def codes(self, qweight: Tensor, part: slice) -> Tensor:
         """The codes of some outputs, uint8 ``[inputs, n]``."""
 
@@ -74,6 +78,9 @@ class Gemm(Packing):
             "qzeros": TensorSpec(dtype=torch.int32, shape=(groups, words)),
             "scales": TensorSpec(dtype=scale_dtype, shape=(groups, outputs)),
         }
+
+    def shape_of(self, qweight: tuple[int, ...]) -> tuple[int, int]:
+        return qweight[1] * _PER_WORD, qweight[0]
 
     def codes(self, qweight: Tensor, part: slice) -> Tensor:
         first, last = part.start // _PER_WORD, -(-part.stop // _PER_WORD)
@@ -112,6 +119,9 @@ class Gemv(Packing):
             "qzeros": TensorSpec(dtype=torch.int32, shape=(outputs, width)),
             "scales": TensorSpec(dtype=scale_dtype, shape=(outputs, width * _PER_WORD)),
         }
+
+    def shape_of(self, qweight: tuple[int, ...]) -> tuple[int, int]:
+        return qweight[0], qweight[1] * _PER_WORD
 
     def codes(self, qweight: Tensor, part: slice) -> Tensor:
         words = qweight[part].contiguous()
@@ -154,6 +164,9 @@ class GemvFast(Packing):
         padded = TensorSpec(dtype=scale_dtype, shape=(_width(inputs, size) * _PER_WORD, outputs))
         qweight = TensorSpec(dtype=torch.int16, shape=(outputs // self._ROWS, inputs))
         return {"qweight": qweight, "qzeros": padded, "scales": padded}
+
+    def shape_of(self, qweight: tuple[int, ...]) -> tuple[int, int]:
+        return qweight[0] * self._ROWS, qweight[1]
 
     def codes(self, qweight: Tensor, part: slice) -> Tensor:
         first, last = part.start // self._ROWS, -(-part.stop // self._ROWS)

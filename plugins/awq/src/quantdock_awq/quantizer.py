@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdock import (
+    Assembly,
     Calibration,
     CalibrationBlock,
     Capabilities,
@@ -20,24 +21,24 @@ from quantdock import (
     QuantizationConfig,
     Quantizer,
     SkipList,
+    StoredTensor,
     TensorSpec,
     UnsupportedError,
     hookimpl,
     linears,
 )
-from quantdock_awq import calibrating, rounding
+from quantdock_awq import calibrating, forms, rounding
 from quantdock_awq.config import VERSIONS, AwqConfig
-from quantdock_awq.modules import AwqLinear, weight_of
-from quantdock_awq.packing import BITS, GEMM, GEMV, GEMV_FAST, Packing
+from quantdock_awq.modules import AwqExperts, AwqLinear, weight_of
+from quantdock_awq.packing import BITS, GEMM, Packing
 
 _NAME = "quantdock-awq"
 _LINEAR = ("linear", "linear-transposed")
-_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_PACKINGS: Mapping[str, Packing] = {"gemm": GEMM, "gemv": GEMV, "gemv_fast": GEMV_FAST, "llm-awq": GEMV_FAST}
 
 
 class AwqQuantizer(Quantizer[AwqConfig]):
-    """Weights of linear layers as codes of 4 bits, with a scale and a zero point for each group."""
+    """Weights of linear layers, and of experts that are stored as such, as codes of 4 bits, with a scale and a zero
+    point for each group."""
 
     config_class: ClassVar[type[QuantizationConfig]] = AwqConfig
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -56,14 +57,17 @@ class AwqQuantizer(Quantizer[AwqConfig]):
         if not prequantized:
             _expect_quantizing(config)
         self._skipped = SkipList(config.modules_to_not_convert or ())
+        self._known: dict[str, linears.Experts | None] = {}
 
     # What the core asks -------------------------------------------------------------------------------------------
 
     def refusal(self, parameter: Parameter) -> str | None:
-        rank = len(parameter.spec.shape)
-        if parameter.role not in _LINEAR or rank != 2:
+        rank, experts = len(parameter.spec.shape), self._experts(parameter)
+        if experts is not None and not self.prequantized:
+            return "experts in one parameter: calibration looks at the inputs of linear layers only"
+        if experts is None and (parameter.role not in _LINEAR or rank != 2):
             what = f"{rank}-D parameter" if rank != 2 else f"in {parameter.module_type.__name__}"
-            return f"{what}: AWQ quantizes the weights of linear layers only"
+            return f"{what}: AWQ is for the weights of linear layers, and of experts that are stored one by one"
         if not parameter.module:
             return "the model is a linear layer itself: AWQ swaps layers inside of a model"
         if not parameter.spec.numel:
@@ -75,44 +79,49 @@ class AwqQuantizer(Quantizer[AwqConfig]):
         return None
 
     def layout(self, parameter: Parameter) -> Layout:
-        outputs, inputs = _oriented(parameter)
-        components = self._components(parameter, GEMM, rounding.SCALE_DTYPE)
-        return Layout(components=components, working_bytes=rounding.working_bytes(outputs, inputs))
+        components = self._form(parameter, GEMM).components(rounding.SCALE_DTYPE)
+        return Layout(components=components, working_bytes=rounding.working_bytes(*_oriented(parameter)))
 
     def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
-        scales = found.get("scales")
-        dtype = scales.dtype if scales is not None and scales.dtype in _SCALE_DTYPES else rounding.SCALE_DTYPE
-        packing = self._packing(found)
-        expected = self._components(parameter, packing, dtype, found)
-        problems = [
-            f"component {name!r} is missing, expected {expected[name]}" for name in expected.keys() - found.keys()
-        ]
-        problems += [f"component {name!r} is not part of the format" for name in found.keys() - expected.keys()]
-        problems += [
-            f"component {name!r} is {found[name]}, expected {spec}"
-            for name, spec in expected.items()
-            if name in found and found[name] != spec
-        ]
-        if problems:
-            stored = self.stored_as.get(parameter.name, parameter.name).rpartition(".")[0]
-            raise UnsupportedError(
-                f"{stored}: {'; '.join(sorted(problems))}, for version={packing.label!r} and group_size="
-                f"{self.config.group_size}. {self._advice(parameter, packing, found)}"
-            )
-        return Layout(components=expected)
+        experts, stored = self._experts(parameter), self.stored_as.get(parameter.name, parameter.name)
+        if experts is None:
+            return Layout(components=self._checked(parameter, stored.rpartition(".")[0], found))
+        one = self._checked(parameter, parameter.name, experts.unstacked(parameter.leaf, found))
+        return Layout(components=experts.stacked(parameter.leaf, one))
+
+    def stands_for(self, name: str, found: Mapping[str, TensorSpec]) -> TensorSpec | None:
+        return forms.stands_for(self.config.version, found)
+
+    def assemble(
+        self, parameter: Parameter, pieces: Mapping[str, Mapping[str, StoredTensor]]
+    ) -> Mapping[str, Assembly]:
+        experts = self._experts(parameter)
+        if experts is None:
+            return super().assemble(parameter, pieces)
+
+        def check(name: str, specs: Mapping[str, TensorSpec]) -> None:
+            self._checked(parameter, name.rpartition(".")[0], specs)
+
+        return experts.assemble(parameter.leaf, pieces, check)
+
+    def stored_in_pieces(self, parameter: Parameter) -> bool:
+        return self._experts(parameter) is not None
+
+    def disassemble(self, parameter: Parameter, exported: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        return linears.disassemble(parameter, exported)
 
     def companions(self) -> Mapping[str, str]:
-        return dict.fromkeys(("qweight", "qzeros", "scaled_zeros", "scales"), "weight")
+        return dict.fromkeys(forms.NAMES, "weight")
 
     def saved_config(self, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-        """The config, with the linear layers that were left alone in ``modules_to_not_convert``: readers would look for
-        quantized tensors in all that aren't."""
+        """The config, with the linear layers and experts that were left alone in ``modules_to_not_convert``: readers
+        would look for quantized tensors in all that aren't."""
         if self.prequantized:
             return self.config.to_dict()
         left = {
             parameter.module
             for name, parameter in parameters.items()
-            if parameter.role in _LINEAR and name not in self.parameters
+            if (parameter.role in _LINEAR or self._experts(parameter) is not None) and name not in self.parameters
         }
         taken = [parameter.module for parameter in self.parameters.values()]
         return dataclasses.replace(
@@ -152,11 +161,16 @@ class AwqQuantizer(Quantizer[AwqConfig]):
         for parameter in self.parameters.values():
             old = parameter.owner(model)
             components = self.layout_of(parameter).components
+            experts = self._experts(parameter)
+            if experts is not None:
+                reading = self._reading(parameter, experts, components)
+                linears.hold(old, parameter.leaf, components, reading, parameter.spec.dtype)
+                continue
             bias = old._parameters["bias"]
             new = AwqLinear(
                 _oriented(parameter),
                 components,
-                packing=self._packing(components),
+                packing=forms.packing_of(self.config.version, components),
                 group_size=self._size(parameter),
                 bias=bias,
                 compute_dtype=self.config.compute_dtype,
@@ -176,81 +190,78 @@ class AwqQuantizer(Quantizer[AwqConfig]):
         return self._made(parameter, rounding.round_to_nearest(rows.float(), size, zero_point=zero_point))
 
     def install(self, model: nn.Module, parameter: Parameter, components: Mapping[str, Tensor]) -> None:
-        _, inputs = _oriented(parameter)
-        damage = self._packing_of(components).damage(components, inputs // self._size(parameter))
-        if damage is not None:
-            raise UnsupportedError(f"{parameter.name}: {damage}; the file is damaged")
+        experts = self._experts(parameter)
+        if experts is None:
+            self._expect_undamaged(parameter, components)
+        else:
+            stacks = {name.removeprefix(f"{parameter.leaf}_"): tensor for name, tensor in components.items()}
+            for expert in range(len(experts.names)):
+                for part in range(experts.parts):
+                    self._expect_undamaged(parameter, {name: stack[expert, part] for name, stack in stacks.items()})
         super().install(model, parameter, components)
 
+    def _expect_undamaged(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> None:
+        groups = self._shape(parameter)[1] // self._size(parameter)
+        damage = forms.packing_of(self.config.version, _specs(tensors)).damage(tensors, groups)
+        if damage is not None:
+            raise UnsupportedError(f"{parameter.name}: {damage}; the file is damaged")
+
     def dequantize(self, components: Mapping[str, Tensor], parameter: Parameter) -> Tensor:
-        weight = weight_of(
-            components, self._packing_of(components), _oriented(parameter), group_size=self._size(parameter)
-        )
+        experts = self._experts(parameter)
+        if experts is not None:
+            matrices = self._reading(parameter, experts, _specs(components)).matrices(components)
+            return linears.dequantize_all(matrices, parameter.spec.dtype)
+        packing = forms.packing_of(self.config.version, _specs(components))
+        weight = weight_of(components, packing, _oriented(parameter), group_size=self._size(parameter))
         result = linears.dequantize(weight, parameter.spec.dtype)
         return result if parameter.role == "linear" else result.t().contiguous()
 
     def restore_module(self, module: nn.Module, parameter: Parameter) -> nn.Module:
+        if self._experts(parameter) is not None:
+            linears.let_go(module, parameter.leaf)
+            return module
         original: nn.Module = module.__dict__["_original"]
         return original
 
     # Which form ---------------------------------------------------------------------------------------------------
 
-    def _packing(self, found: Mapping[str, TensorSpec]) -> Packing:
-        """The form of a weight. llm-awq had gemv's before it had its own."""
-        qweight = found.get("qweight")
-        if self.config.version == "llm-awq" and qweight is not None and qweight.dtype == torch.int32:
-            return GEMV
-        return _PACKINGS[self.config.version]
+    def _experts(self, parameter: Parameter) -> linears.Experts | None:
+        """Which linear layers a parameter is stored as, if those are experts."""
+        if len(parameter.spec.shape) != 3:
+            return None
+        if parameter.name not in self._known:
+            self._known[parameter.name] = linears.Experts.of(parameter, self.assemblies.get(parameter.name))
+        return self._known[parameter.name]
 
-    def _packing_of(self, components: Mapping[str, Tensor]) -> Packing:
-        return self._packing({name: TensorSpec.of(tensor) for name, tensor in components.items()})
-
-    def _components(
-        self,
-        parameter: Parameter,
-        packing: Packing,
-        dtype: torch.dtype,
-        found: Mapping[str, TensorSpec] | None = None,
-    ) -> dict[str, TensorSpec]:
-        """The stored tensors of a parameter, under the names that are there if they were found.
-
-        Raises:
-            UnsupportedError: it has no such form.
-        """
-        (outputs, inputs), size = _oriented(parameter), self._size(parameter)
-        if inputs % size:
-            raise UnsupportedError(
-                f"{parameter.name}: groups of {size} don't divide its {inputs} inputs; choose a group_size that does, "
-                "or -1 for one group, or leave this parameter out"
-            )
-        misfit = packing.misfit(outputs, inputs, size)
-        if misfit is not None:
-            raise UnsupportedError(
-                f"{parameter.name}: {misfit}; AWQ's version {packing.label!r} has no form for it, so leave this "
-                "parameter out"
-            )
-        specs = packing.components(outputs, inputs, size, dtype)
-        usual = packing.zeros_names[0]
-        name = next((name for name in packing.zeros_names if found is not None and name in found), usual)
-        return {name if key == usual else key: spec for key, spec in specs.items()}
-
-    def _advice(self, parameter: Parameter, packing: Packing, found: Mapping[str, TensorSpec]) -> str:
-        """What may be the matter with stored tensors that don't fit."""
-        outputs, inputs = _oriented(parameter)
-        for other in (GEMM, GEMV, GEMV_FAST):
-            if other is packing or other.misfit(outputs, inputs, inputs) is not None:
-                continue
-            qweight = other.components(outputs, inputs, inputs, rounding.SCALE_DTYPE)["qweight"]
-            if qweight == found.get("qweight"):
-                return f"The files look like version {other.label!r}: correct the version in the quantization_config"
-        return (
-            "The files and the quantization_config contradict each other, or the download is incomplete; a layout that "
-            "a runtime made (marlin's) isn't read"
+    def _reading(
+        self, parameter: Parameter, experts: linears.Experts, components: Mapping[str, TensorSpec]
+    ) -> AwqExperts:
+        return AwqExperts(
+            leaf=parameter.leaf,
+            shape=experts.whole,
+            parts=experts.parts,
+            packing=forms.packing_of(self.config.version, experts.unstacked(parameter.leaf, components)),
+            group_size=self._size(parameter),
+            compute_dtype=self.config.compute_dtype,
         )
+
+    def _form(self, parameter: Parameter, packing: Packing) -> forms.Form:
+        return forms.Form(
+            name=parameter.name, shape=self._shape(parameter), size=self._size(parameter), packing=packing
+        )
+
+    def _checked(self, parameter: Parameter, stored: str, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        form = self._form(parameter, forms.packing_of(self.config.version, found))
+        return form.checked(stored, found, self.config.group_size)
+
+    def _shape(self, parameter: Parameter) -> tuple[int, int]:
+        """Outputs and inputs of each linear layer that a parameter is stored as."""
+        experts = self._experts(parameter)
+        return _oriented(parameter) if experts is None else experts.shape
 
     def _size(self, parameter: Parameter) -> int:
         """Inputs per group."""
-        return _oriented(parameter)[1] if self.config.group_size == -1 else self.config.group_size
+        return self._shape(parameter)[1] if self.config.group_size == -1 else self.config.group_size
 
     @staticmethod
     def _unscalable(parameter: Parameter) -> UnsupportedError:
@@ -275,6 +286,10 @@ def _expect_quantizing(config: AwqConfig) -> None:
             f"AwqConfig.version is {config.version!r}, expected 'gemm' to quantize: every reader knows it, and the "
             "others are for kernels of their own"
         )
+
+
+def _specs(components: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec.of(tensor) for name, tensor in components.items()}
 
 
 def _oriented(parameter: Parameter) -> tuple[int, int]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from quantdock import CalibrationBlock, CalibrationError, Parameter, UnsupportedError
-from quantdock_gptq import rounding, words
+from quantdock import CalibrationBlock, CalibrationError, Parameter, linears
+from quantdock_gptq import nearest, words
+from quantdock_gptq.choosing import Choosing
 from quantdock_gptq.config import GPTQConfig, Search, Settings
 from quantdock_gptq.solving import Hessian, Prepared, Solution, prepare, solve
 
@@ -18,21 +21,32 @@ Components = Mapping[str, Tensor]
 NEVER_FED = "no activations on the calibration data: rounded to nearest"
 
 
-def quantize_block(
-    block: CalibrationBlock, config: GPTQConfig, *, less_one: bool
-) -> Iterator[tuple[Parameter, Components | None]]:
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What calibration needs to know of a load."""
+
+    config: GPTQConfig
+    choosing: Choosing
+    less_one: bool
+    """Whether zero points are stored less one."""
+
+    def experts(self, parameter: Parameter) -> linears.Experts | None:
+        """Which linear layers a parameter is stored as, if those are experts."""
+        return self.choosing.known_experts(parameter)
+
+
+def quantize_block(block: CalibrationBlock, method: Method) -> Iterator[tuple[Parameter, Components | None]]:
     """The components of a block's parameters, in order of execution; ``None`` for one that no activation reaches.
 
     Args:
         block: in full precision.
-        config: of the load.
-        less_one: whether zero points are stored less one.
+        method: of the load.
 
     Raises:
         CalibrationError: activations can't be used; names the parameter.
     """
     subsets = block.groups()
-    if config.true_sequential is False:
+    if method.config.true_sequential is False:
         subsets = [[parameter for subset in subsets for parameter in subset]]
     for subset in subsets:
         names = {parameter.name for parameter in subset}
@@ -41,44 +55,106 @@ def quantize_block(
             for group in block.same_input()
             if (same := [parameter for parameter in group if parameter.name in names])
         ]
-        hessians = _look(block, sharing)
+        hessians = _look(block, sharing, method)
         while sharing:
-            same, hessian = sharing.pop(0), hessians.pop(0)
-            yield from _quantize(block, same, hessian, config, less_one)
+            same, found = sharing.pop(0), hessians.pop(0)
+            if isinstance(found, Hessian):
+                yield from _quantize(block, same, found, method)
+            else:
+                yield same[0], _quantize_experts(block, same[0], found, method)
 
 
-def _look(block: CalibrationBlock, sharing: Sequence[Sequence[Parameter]]) -> list[Hessian]:
-    """A Hessian for each group of parameters that are fed the same activations, in one run of the block."""
-    hessians = [Hessian(inputs_of(same[0]), block.weight(same[0]).device) for same in sharing]
-    block.observe({block.path(same[0]): hessian.add for same, hessian in zip(sharing, hessians, strict=True)})
-    return hessians
+def _look(
+    block: CalibrationBlock, sharing: Sequence[Sequence[Parameter]], method: Method
+) -> list[Hessian | list[Hessian]]:
+    """A Hessian for each group of parameters that are fed the same activations, or one for each expert."""
+    found: list[Hessian | list[Hessian]] = []
+    layers: dict[str, Callable[[Tensor], None]] = {}
+    stacks: dict[str, Callable[[int, Tensor], None]] = {}
+    for parameter, *_ in sharing:
+        experts, device = method.experts(parameter), block.weight(parameter).device
+        if experts is None:
+            hessian = Hessian(inputs_of(parameter), device)
+            layers[block.path(parameter)] = hessian.add
+            found.append(hessian)
+        else:
+            each = [Hessian(inputs_of(parameter), device) for _ in experts.names]
+            stacks[parameter.name] = partial(_add, each)
+            found.append(each)
+    if layers:
+        block.observe(layers)
+    if stacks:
+        block.observe_experts(stacks)
+    return found
+
+
+def _add(hessians: Sequence[Hessian], expert: int, rows: Tensor) -> None:
+    hessians[expert].add(rows)
 
 
 def _quantize(
-    block: CalibrationBlock, same: Sequence[Parameter], hessian: Hessian, config: GPTQConfig, less_one: bool
+    block: CalibrationBlock, same: Sequence[Parameter], hessian: Hessian, method: Method
 ) -> Iterator[tuple[Parameter, Components | None]]:
-    ready: dict[tuple[Settings, Search], Prepared] = {}
+    ready = _Ready(block, hessian)
     for parameter in same:
         if not hessian.rows:
             block.note(parameter, NEVER_FED)
             yield parameter, None
             continue
-        settings, search = config.of(parameter.module), config.search(parameter.module)
-        assert settings is not None, "refusal() leaves it alone"
-        try:
-            if (settings, search) not in ready:
-                ready = {(settings, search): prepare(hessian.mean(), settings, search)}
-        except CalibrationError as error:
-            raise CalibrationError(str(error), block=block.name, parameter=parameter.name) from error
         weight = block.weight(parameter)
         matrix = weight if parameter.role == "linear" else weight.t()
-        solution = solve(matrix, ready[settings, search], settings, search)
+        yield parameter, ready.components(parameter, matrix, parameter.module, method)
+
+
+def _quantize_experts(
+    block: CalibrationBlock, parameter: Parameter, hessians: list[Hessian], method: Method
+) -> Components | None:
+    """Each linear layer that a parameter is stored as, by the tokens that its expert was fed."""
+    experts, weight = method.experts(parameter), block.weight(parameter)
+    assert experts is not None
+    left = [str(number) for number, hessian in enumerate(hessians) if not hessian.rows]
+    if len(left) == len(hessians):
+        block.note(parameter, NEVER_FED)
+        return None
+    if left:
+        block.note(parameter, f"experts {', '.join(left)}: {NEVER_FED}")
+    result = None
+    for number, names in enumerate(experts.names):
+        ready = _Ready(block, hessians.pop(0))
+        for part, name in enumerate(names):
+            rows = weight[number, part * experts.shape[0] : (part + 1) * experts.shape[0]]
+            if ready.rows:
+                made = ready.components(parameter, rows, name.rpartition(".")[0], method)
+            else:
+                settings = method.choosing.settings(parameter)
+                made = nearest.layer(parameter.name, rows, settings, less_one=method.less_one)
+            result = result or experts.room(made)
+            for component, tensor in made.items():
+                result[component][number, part] = tensor
+    assert result is not None
+    return {f"{parameter.leaf}_{component}": tensor for component, tensor in result.items()}
+
+
+class _Ready:
+    """A Hessian, and what has been prepared of it for the last settings."""
+
+    def __init__(self, block: CalibrationBlock, hessian: Hessian) -> None:
+        self.rows = hessian.rows
+        self._block, self._hessian = block, hessian
+        self._prepared: dict[tuple[Settings, Search], Prepared] = {}
+
+    def components(self, parameter: Parameter, matrix: Tensor, module: str, method: Method) -> Components:
+        """A weight ``[outputs, inputs]``, solved and packed."""
+        settings, search = method.choosing.settings(parameter), method.config.search(module)
+        try:
+            if (settings, search) not in self._prepared:
+                self._prepared = {(settings, search): prepare(self._hessian.mean(), settings, search)}
+        except CalibrationError as error:
+            raise CalibrationError(str(error), block=self._block.name, parameter=parameter.name) from error
+        solution = solve(matrix, self._prepared[settings, search], settings, search)
         if not bool(torch.isfinite(solution.scales).all()):
-            raise UnsupportedError(
-                f"{parameter.name} has weights that are infinite, not numbers, or too large for a scale in "
-                f"{rounding.SCALE_DTYPE}; leave it out, or repair the checkpoint"
-            )
-        yield parameter, _packed(solution, settings.bits, less_one)
+            raise nearest.unscalable(parameter.name)
+        return _packed(solution, settings.bits, method.less_one)
 
 
 def _packed(solution: Solution, bits: int, less_one: bool) -> Components:
@@ -98,16 +174,28 @@ def calibration_bytes(parameters: Sequence[Parameter], rows: int, *, sequential:
     if not parameters:
         return 0
     squares = {parameter.name: 4 * inputs_of(parameter) ** 2 for parameter in parameters}
-    siblings = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in squares)
+    each = {parameter.name: _matrices(parameter) for parameter in parameters}
+    siblings: Counter[str] = Counter()
+    for name, count in each.items():
+        siblings[_place(name)] += count
     if sequential:
-        hessians = max(siblings[re.sub(r"\.\d+\.", ".*.", name)] * square for name, square in squares.items())
+        hessians = max(siblings[_place(name)] * square for name, square in squares.items())
     else:
-        hessians = sum(squares.values())
+        hessians = sum(each[name] * square for name, square in squares.items())
     # The Hessian in order, its factor, the inverse and the inverse's; the weight in float32 twice, its codes twice.
-    largest = max(4 * square for square in squares.values()) + max(12 * p.spec.numel for p in parameters)
+    weights = max(12 * parameter.spec.numel // _matrices(parameter) for parameter in parameters)
+    largest = max(4 * square for square in squares.values()) + weights
     return hessians + largest + 4 * rows * max(map(inputs_of, parameters))
 
 
+def _place(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _matrices(parameter: Parameter) -> int:
+    return parameter.spec.shape[0] if len(parameter.spec.shape) == 3 else 1
+
+
 def inputs_of(parameter: Parameter) -> int:
-    """Features that a layer is fed."""
-    return parameter.spec.shape[1 if parameter.role == "linear" else 0]
+    """Features that a layer, or an expert, is fed."""
+    return parameter.spec.shape[0 if parameter.role == "linear-transposed" else -1]

@@ -14,8 +14,8 @@ import torch
 from quantdock import ConfigError, QuantizationConfig, runtime
 
 BITS = (2, 3, 4, 8)
-FORMATS = ("gptq", "gptq_v2")
-"""Checkpoint formats that this plugin reads: zero points stored less one, and as they are."""
+FORMATS = ("gptq", "gptq_v2", "marlin")
+"""Checkpoint formats that this plugin reads: zero points stored less one, and as they are, and a kernel's layout."""
 
 _FLAGS = ("desc_act", "sym", "lm_head")
 _OVERRIDES = frozenset({"bits", "group_size", "desc_act", "sym"})
@@ -41,6 +41,9 @@ class Settings:
     """Inputs per group; -1 for all."""
     desc_act: bool
     sym: bool
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits (group_size={self.group_size}, desc_act={self.desc_act}, sym={self.sym})"
 
     def groups(self, inputs: int) -> tuple[int, int]:
         """Inputs per group, and how many groups there are."""
@@ -177,14 +180,18 @@ class GPTQConfig(QuantizationConfig):
         Raises:
             ConfigError: calibration data for a checkpoint that is quantized already; or see there.
         """
-        given = [name for name in sorted(_DATA & other.beside_defaults()) if vars(other)[name] is not vars(self)[name]]
-        if given:
-            raise ConfigError(
-                f"the checkpoint is already quantized, so there is nothing to calibrate with {given[0]}=. Drop it, or "
-                "load the unquantized checkpoint"
-            )
         names = self.runtime_fields() | other.beside_defaults() if asked is None else frozenset(asked)
-        return super().overridden_by(other, names - _DATA)
+        given = [name for name in sorted(_DATA & other.beside_defaults()) if vars(other)[name] is not vars(self)[name]]
+        idle = f"there is nothing to calibrate with {'=, '.join(given)}=" if given else ""
+        try:
+            result = super().overridden_by(other, names - _DATA)
+        except ConfigError as error:
+            raise ConfigError(f"{error} And {idle}." if idle else str(error)) from error
+        if idle:
+            raise ConfigError(
+                f"the checkpoint is already quantized, so {idle}. Drop that, or load the unquantized checkpoint"
+            )
+        return result
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

@@ -1,4 +1,4 @@
-"""The linear layer that holds a GPTQ weight, and that weight as codes, scales and zero points."""
+"""What holds GPTQ weights, linear layers and experts, and such a weight as codes, scales and zero points."""
 
 from __future__ import annotations
 
@@ -87,20 +87,12 @@ class GPTQLinear(linears.GroupedLinear):
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
 
     def stored_weight(self) -> GPTQWeight:
-        buffers = self._buffers
-        qzeros, scales = buffers["qzeros"], buffers["scales"]
-        assert qzeros is not None
-        assert scales is not None
-        return GPTQWeight(
+        return weight_of(
+            self._buffers,
+            (self.out_features, self.in_features),
             bits=self.bits,
-            inputs=self.in_features,
-            outputs=self.out_features,
             group_size=self.group_size,
             less_one=self.less_one,
-            qweight=buffers["qweight"],
-            qzeros=qzeros,
-            group_scales=scales,
-            g_idx=buffers.get("g_idx"),
         )
 
     def encode(self, codes: Callable[[slice], Tensor]) -> Mapping[str, Tensor]:
@@ -112,3 +104,60 @@ class GPTQLinear(linears.GroupedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQExperts:
+    """How a module's experts are read: a ``quantdock.linears.Reading``."""
+
+    leaf: str
+    """Name of the parameter."""
+    shape: tuple[int, int, int]
+    """``[experts, outputs, inputs]``."""
+    parts: int
+    """Weights that the outputs of an expert are divided among."""
+    bits: int
+    group_size: int
+    less_one: bool
+    compute_dtype: torch.dtype | None
+
+    def matrices(self, tensors: Mapping[str, Tensor]) -> linears.JointMatrices:
+        _, outputs, inputs = self.shape
+        stacks = {name.removeprefix(f"{self.leaf}_"): tensor for name, tensor in tensors.items()}
+
+        def piece(expert: int, part: int) -> GPTQWeight:
+            return weight_of(
+                {name: stack[expert, part] for name, stack in stacks.items()},
+                (outputs // self.parts, inputs),
+                bits=self.bits,
+                group_size=self.group_size,
+                less_one=self.less_one,
+            )
+
+        return linears.JointMatrices(
+            shape=self.shape,
+            parts=self.parts,
+            piece=piece,
+            device=stacks["scales"].device,
+            compute_dtype=self.compute_dtype,
+        )
+
+
+def weight_of(
+    tensors: Mapping[str, Tensor | None], shape: tuple[int, int], *, bits: int, group_size: int, less_one: bool
+) -> GPTQWeight:
+    """The weight ``[out, in]`` that stored tensors are, by their names."""
+    qzeros, scales = tensors["qzeros"], tensors["scales"]
+    assert qzeros is not None
+    assert scales is not None
+    return GPTQWeight(
+        bits=bits,
+        inputs=shape[1],
+        outputs=shape[0],
+        group_size=group_size,
+        less_one=less_one,
+        qweight=tensors["qweight"],
+        qzeros=qzeros,
+        group_scales=scales,
+        g_idx=tensors.get("g_idx"),
+    )

@@ -1,0 +1,57 @@
+"""Matrices of grouped integers that are stored in pieces: a gate above what is beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantdock.linears.affine import Columns, dequantize_columns, multiply_columns
+from quantdock.linears.weights import Weight, dequantize
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JointMatrix:
+    """A ``Matrix`` whose outputs are those of one weight, then those of the next; all have the same inputs."""
+
+    weights: Sequence[Weight]
+    compute_dtype: torch.dtype | None = None
+    """What activations are cast to; ``None`` leaves them as they come."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(weight.outputs for weight in self.weights), self.weights[0].inputs
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """Each weight as ``quantdock.linears.dequantize`` has it."""
+        return torch.cat([dequantize(weight, dtype) for weight in self.weights])
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """As ``GroupedLinear`` does it on the path ``columns``."""
+        rows = x.to(self.compute_dtype or x.dtype).reshape(-1, x.shape[-1])
+        found = [multiply_columns(rows, _columns(weight, rows.dtype), weight.outputs) for weight in self.weights]
+        return torch.cat(found, -1).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _columns(weight: Weight, dtype: torch.dtype) -> Columns:
+    grouping = weight.grouping()
+    return lambda part: dequantize_columns(weight.codes(part), weight.scales(part), weight.zeros(part), grouping, dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JointMatrices:
+    """``Matrices``, each of which is in ``parts`` pieces."""
+
+    shape: tuple[int, int, int]
+    """``[experts, outputs, inputs]``."""
+    parts: int
+    piece: Callable[[int, int], Weight]
+    """Number of an expert, number of a piece -> its weight."""
+    device: torch.device
+    compute_dtype: torch.dtype | None = None
+
+    def matrix(self, index: int) -> JointMatrix:
+        weights = [self.piece(index, part) for part in range(self.parts)]
+        return JointMatrix(weights=weights, compute_dtype=self.compute_dtype)

@@ -1,0 +1,206 @@
+"""Experts that are kept quantized: the tensor that decodes them, modules that hold it, and which pieces are whose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantdock import Assembly, CalibrationBlock, CalibrationError, Parameter, Piece, TensorSpec, UnsupportedError
+from quantdock.calibration.capturing import Call
+from quantdock.linears import Experts, JointMatrices, Stack, hold, let_go
+
+EXPERTS, OUTPUTS, INPUTS = 3, 6, 8
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A weight of bytes with one scale."""
+
+    stored: Tensor
+    scale: Tensor
+    bits: int = 8
+
+    @property
+    def outputs(self) -> int:
+        return self.stored.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.stored.shape[1]
+
+    def codes(self, part: slice) -> Tensor:
+        return self.stored[part].t()
+
+    def scales(self, part: slice) -> Tensor:
+        return self.scale.expand(1, part.stop - part.start)
+
+    def zeros(self, part: slice) -> Tensor:
+        return torch.full((1, part.stop - part.start), 128, dtype=torch.uint8)
+
+    def grouping(self) -> int:
+        return self.inputs
+
+
+@dataclass(frozen=True)
+class Reading:
+    def matrices(self, tensors: Mapping[str, Tensor]) -> JointMatrices:
+        codes, scales = tensors["weight_codes"], tensors["weight_scales"]
+        experts, parts, outputs, inputs = codes.shape
+        return JointMatrices(
+            shape=(experts, parts * outputs, inputs),
+            parts=parts,
+            piece=lambda expert, part: Bytes(codes[expert, part], scales[expert, part]),
+            device=codes.device,
+        )
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Parameter(torch.ones(2))
+        self.weight = nn.Parameter(torch.randn(EXPERTS, OUTPUTS, INPUTS))
+        self.after = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([nn.functional.linear(x, self.weight[number]) for number in (0, 2)]).sum(0)
+
+
+def made() -> tuple[Layer, Tensor]:
+    """A module that holds bytes, and what they stand for."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (EXPERTS, 2, OUTPUTS // 2, INPUTS), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(EXPERTS, 2, generator=generator)
+    layer = Layer()
+    tensors = {"weight_codes": codes, "weight_scales": scales}
+    hold(layer, "weight", {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}, Reading(), torch.float32)
+    layer._buffers.update(tensors)
+    plain = (codes.float() - 128) * scales[..., None, None]
+    return layer, plain.view(EXPERTS, OUTPUTS, INPUTS)
+
+
+def test_modules_compute_with_what_they_hold() -> None:
+    layer, plain = made()
+    assert isinstance(layer, Layer)
+    assert [name for name, _ in layer.named_parameters()] == ["before", "after"]
+    assert [name for name, _ in layer.named_buffers()] == ["weight_codes", "weight_scales"]
+    weight: Any = layer.weight
+    assert isinstance(weight, Stack)
+    assert torch.equal(weight + 0, plain)
+    x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(layer(x), x @ (plain[0] + plain[2]).t(), rtol=1e-4, atol=1e-3)
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    grouped = torch._grouped_mm(x.bfloat16(), weight.transpose(-2, -1), offs=offsets).float()
+    expected = torch.cat([x[:2] @ plain[0].t(), x[2:] @ plain[2].t()])
+    assert (grouped - expected).norm() < 0.02 * expected.norm()
+    with pytest.raises(UnsupportedError, match="mul_ on weights of experts that are kept quantized"):
+        weight.mul_(2)
+    layer.half()
+    assert (layer.weight.dtype, layer.before.dtype) == (torch.float16, torch.float16)
+    assert layer.weight_scales.dtype == torch.float32
+    let_go(layer, "weight")
+    assert type(layer) is Layer
+    assert [(name, tensor.shape) for name, tensor in layer.named_parameters()][1] == ("weight", plain.shape)
+    assert not list(layer.buffers())
+
+
+def pieces(*places: Any, **fields: Any) -> Assembly:
+    found = tuple(Piece(source=f"{n}.weight", into=place, **fields) for n, place in enumerate(places))
+    return Assembly(shape=(2, OUTPUTS, INPUTS), pieces=found)
+
+
+def parameter(*shape: int, name: str = "layer.weight") -> Parameter:
+    return Parameter(name=name, spec=TensorSpec(dtype=torch.float32, shape=shape), module_type=Layer)
+
+
+def test_which_layer_is_whose() -> None:
+    halves = (slice(0, 3), slice(3, 6))
+    cut = pieces(*[(expert, half) for half in halves for expert in (0, 1)])
+    found = Experts.of(parameter(2, OUTPUTS, INPUTS), cut)
+    assert found is not None
+    assert found.names == (("0.weight", "2.weight"), ("1.weight", "3.weight"))
+    assert (found.shape, found.whole, found.parts) == ((3, INPUTS), (2, OUTPUTS, INPUTS), 2)
+    whole = Experts.of(parameter(2, OUTPUTS, INPUTS), pieces((0,), (1,)))
+    assert whole is not None
+    assert whole.modules == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "assembly",
+    [
+        None,
+        pieces((0,)),
+        pieces((0, slice(0, 2)), (0, slice(2, 6)), (1, slice(0, 2)), (1, slice(2, 6))),
+        pieces((slice(0, 1),), (slice(1, 2),)),
+        pieces((0,), (1,), permute=(1, 0)),
+        pieces((0, slice(None), slice(0, 8)), (1, slice(None), slice(0, 8))),
+        Assembly(
+            shape=(2, OUTPUTS, INPUTS), pieces=(Piece(source="0.bias", into=(0,)), Piece(source="1.b", into=(1,)))
+        ),
+    ],
+)
+def test_what_is_no_row_of_linear_layers(assembly: Assembly | None) -> None:
+    assert Experts.of(parameter(2, OUTPUTS, INPUTS), assembly) is None
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Layer(), Layer()
+        self.second.weight = nn.Parameter(torch.randn(EXPERTS, INPUTS, OUTPUTS))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.as_tensor(self.second(self.first(hidden)))
+
+
+def block_of(module: nn.Module) -> CalibrationBlock:
+    shapes = {"second": (INPUTS, OUTPUTS), "first": (OUTPUTS, INPUTS)}
+    found = [parameter(EXPERTS, *shape, name=f"block.{name}.weight") for name, shape in shapes.items()]
+    hidden = [torch.randn(1, tokens, INPUTS) for tokens in (4, 7)]
+    kind: Any = SimpleNamespace(run=lambda block, value: block(value))
+    calls: list[Call] = [kind, kind]
+    return CalibrationBlock(
+        name="block", module=module, parameters={one.name: one for one in found}, hidden=hidden, calls=calls
+    )
+
+
+def test_blocks_show_what_experts_are_fed() -> None:
+    with torch.no_grad():
+        module = Block()
+        block = block_of(module)
+        order = [[one.name for one in group] for group in block.groups()]
+        assert order == [["block.first.weight"], ["block.second.weight"]]
+        seen: dict[str, dict[int, list[Tensor]]] = {name: {} for name in block.parameters}
+        block.observe_experts(
+            {
+                name: lambda expert, rows, found=found: found.setdefault(expert, []).append(rows)
+                for name, found in seen.items()
+            }
+        )
+        for name, given in (
+            ("block.first.weight", block.hidden),
+            ("block.second.weight", [module.first(hidden) for hidden in block.hidden]),
+        ):
+            assert seen[name].keys() == {0, 2}
+            for rows in seen[name].values():
+                expected = [hidden.reshape(-1, hidden.shape[-1]) for hidden in given]
+                assert [tensor.shape for tensor in rows] == [tensor.shape for tensor in expected]
+                assert all(torch.allclose(*pair) for pair in zip(rows, expected, strict=True))
+        assert isinstance(module.first.weight, nn.Parameter)
+        assert "weight" not in module.first.__dict__
+
+
+def test_modules_that_use_all_experts_at_once_show_nothing() -> None:
+    class Whole(Block):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden * self.first.weight.sum()
+
+    block = block_of(Whole())
+    with pytest.raises(CalibrationError, match=r"weight: its module does something else than multiply with one expert"):
+        block.groups()
+    assert isinstance(block.module.get_submodule("first").weight, nn.Parameter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 
 from quantdock.errors import QuantdockError
 from quantdock.ledger import Ledger
+from quantdock.linears import GroupedLinear
 from quantdock.tables import format_bytes, format_table, grouped, groups_table
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Report:
     used or made, and the ``reason`` if it did neither."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """What was calibrated with how many samples and tokens, and the bytes that were kept of them; empty for nothing."""
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Module -> how it multiplies activations of each dtype where it is now; of those that choose between the paths of
+    ``quantdock.linears``."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; parameters are grouped."""
@@ -85,6 +89,7 @@ class Report:
             ("cache", cache_line(self.cache)),
         ]
         facts += [("calibration", f"{name} {value}") for name, value in self.calibration.items()]
+        facts += [("multiplies by", f"{way}: {count} modules") for way, count in Counter(self.paths.values()).items()]
         facts += [(f"covered by {m or 'none'}", f"{amount / stored:.1%}") for m, amount in ledger.coverage.items()]
         facts += [("full precision", f"{format_bytes(n)}: {reason}") for reason, n in ledger.unquantized.items()]
         facts += [("ignored", f"{name}: {reason}") for name, reason in ledger.ignored.items()]
@@ -129,12 +134,23 @@ def record_of(model: torch.nn.Module) -> Record:
 
 
 def report(model: torch.nn.Module) -> Report:
-    """The report of the load that made ``model``.
+    """The report of the load that made ``model``; the paths are those of the model as it is now.
 
     Raises:
         QuantdockError: it wasn't loaded by quantdock.
     """
-    return record_of(model).report
+    return dataclasses.replace(record_of(model).report, paths=_paths(model))
+
+
+def _paths(model: torch.nn.Module) -> dict[str, str]:
+    result = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GroupedLinear):
+            dtypes: dict[str, list[str]] = {}
+            for dtype, path in module.paths().items():
+                dtypes.setdefault(path, []).append(dtype)
+            result[name] = ", ".join(f"{path} in {' and '.join(each)}" for path, each in dtypes.items())
+    return result
 
 
 def measured_nbytes(model: torch.nn.Module) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quantdock.linears.affine import dequantize_columns, pieces
+from quantdock.linears.affine import pieces
+from quantdock.linears.crossover import most_rows
 from quantdock.linears.weights import Weight
 
 _GROUPS = (256, 128, 64, 32)  # inputs per group that the kernel knows
@@ -19,9 +19,6 @@ _BLOCK = 64  # outputs that the kernel packs on their own, whatever the instruct
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Int4Form:
     """A weight in the kernel's form. It depends on the CPU, so it stays in this process."""
-
-    most_rows: ClassVar[int] = 32
-    """Of activations, for which the kernel is faster than dequantizing; measured with AVX512."""
 
     packed: Tensor
     """uint8 ``[outputs, inputs / 2]``, in the kernel's order."""
@@ -36,14 +33,16 @@ class Int4Form:
     """bfloat16 ``[kernel's groups, outputs, 2]``: scale, and what a code of 8 stands for."""
     size: int
     """Inputs per group."""
+    kernel_size: int
+    """Inputs per group as the kernel has them; it divides ``size``."""
     order: Tensor | None
     """The inputs in the order that they are packed in; ``None`` for the stored one."""
+    most_rows: int
+    """Of activations, for which the kernel is faster than dequantizing."""
 
     def multiply(self, x: Tensor) -> Tensor:
         """``[rows, inputs]`` in bfloat16 to ``[rows, outputs]``, for few rows."""
-        size = self.packed.shape[1] * 2 // len(self.affine)
-        result: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(self.arranged(x), self.packed, size, self.affine)
-        return result
+        return torch._weight_int4pack_mm_for_cpu(self.arranged(x), self.packed, self.kernel_size, self.affine)
 
     def arranged(self, x: Tensor) -> Tensor:
         """The activations in the order of the packed inputs."""
@@ -52,7 +51,10 @@ class Int4Form:
     def columns(self, part: slice) -> Tensor:
         """Some outputs of the weight, ``[inputs, n]`` in bfloat16; the inputs in the order that they are packed in."""
         codes = _unpack(self.packed[part])
-        return dequantize_columns(codes, self.scales[:, part], self.zeros[:, part], self.size, torch.bfloat16)
+        grouped = codes.view(len(self.scales), self.size, codes.shape[1])
+        # The differences are exact as bytes, which torch subtracts several times faster than bfloat16.
+        differences = grouped.sub_(self.zeros[:, None, part]).view(torch.int8)
+        return differences.to(torch.bfloat16).mul_(self.scales[:, None, part]).view(codes.shape)
 
     def codes(self, part: slice) -> Tensor:
         """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them; ``part`` starts at a multiple of
@@ -84,7 +86,17 @@ def make(weight: Weight) -> Int4Form:
     scales, zeros = weight.scales(every).to(torch.bfloat16), weight.zeros(every) + shift
     affine = torch.stack([scales, (8 - zeros.to(torch.bfloat16)) * scales], dim=-1)
     affine = affine.repeat_interleave(size // kernel_size, dim=0)
-    return Int4Form(packed=packed, scales=scales, zeros=zeros, shift=shift, affine=affine, size=size, order=order)
+    return Int4Form(
+        packed=packed,
+        scales=scales,
+        zeros=zeros,
+        shift=shift,
+        affine=affine,
+        size=size,
+        kernel_size=kernel_size,
+        order=order,
+        most_rows=most_rows("int4pack"),
+    )
 
 
 def _grouped(weight: Weight) -> tuple[int, Tensor | None] | None:

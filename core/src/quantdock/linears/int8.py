@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantdock.linears.affine import pieces
+from quantdock.linears.crossover import most_rows
 from quantdock.linears.weights import Weight
 
 _ZERO = 128
+_ALIGNMENT = 32  # bytes, of each row of the activations
+_INPUTS = 16  # the kernel takes a multiple of these; of other counts it makes nonsense, or crashes (torch 2.13)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Int8Form:
     """A weight in the kernel's form."""
 
-    most_rows: ClassVar[int] = 32
-    """Of activations, for which the kernel is faster than dequantizing; measured with AVX512."""
-
     signed: Tensor
     """int8 ``[outputs, inputs]``: the codes less 128."""
     scales: Tensor
     """bfloat16 ``[outputs]``."""
+    most_rows: int
+    """Of activations, for which the kernel is faster than dequantizing."""
 
     def multiply(self, x: Tensor) -> Tensor:
         """``[rows, inputs]`` in bfloat16 to ``[rows, outputs]``, for few rows."""
-        result: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.signed, self.scales)
-        return result
+        x = x.contiguous()
+        if x.data_ptr() % _ALIGNMENT:  # the kernel would crash
+            x = x.clone()
+        return torch._weight_int8pack_mm(x, self.signed, self.scales)
 
     def arranged(self, x: Tensor) -> Tensor:
         """The activations as they are."""
@@ -47,7 +50,9 @@ class Int8Form:
 def fits(weight: Weight) -> bool:
     """Whether the kernel can read a weight."""
     every = slice(0, weight.outputs)
-    if weight.bits != 8 or not weight.inputs or not weight.outputs or len(weight.scales(every)) != 1:
+    if weight.bits != 8 or not weight.inputs or not weight.outputs or weight.inputs % _INPUTS:
+        return False
+    if len(weight.scales(every)) != 1:
         return False
     return bool(torch.all(weight.zeros(every) == _ZERO))
 
@@ -58,4 +63,4 @@ def make(weight: Weight) -> Int8Form:
     for part in pieces(weight.outputs, weight.inputs):
         signed[part] = weight.codes(part).bitwise_xor(_ZERO).view(torch.int8).t()
     (scales,) = weight.scales(slice(0, weight.outputs))
-    return Int8Form(signed=signed, scales=scales.to(torch.bfloat16))
+    return Int8Form(signed=signed, scales=scales.to(torch.bfloat16), most_rows=most_rows("int8pack"))

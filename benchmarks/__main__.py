@@ -6,7 +6,7 @@ import argparse
 import sys
 from types import ModuleType
 
-from benchmarks import decode, load, memory, plan, quality, reload
+from benchmarks import calibrate, decode, load, memory, plan, quality, reload
 
 COMMANDS: dict[str, ModuleType] = {
     "load": load,
@@ -15,6 +15,7 @@ COMMANDS: dict[str, ModuleType] = {
     "plan": plan,
     "decode": decode,
     "quality": quality,
+    "calibrate": calibrate,
 }
 
 

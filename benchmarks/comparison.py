@@ -65,7 +65,9 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
 
 
-def _sameness(names: Sequence[str]) -> str:
+def _sameness(names: Sequence[str] | None) -> str:
+    if names is None:
+        return ""
     return f"{len(names)} differ" if names else "yes"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmarks.cases import AS_STORED
+from benchmarks.cases import AS_STORED, CASES
 from benchmarks.jobs import Job
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ Load = Callable[[str], Loaded]
 """Loads a folder."""
 
 QUANTDOCK, TRANSFORMERS, FLOOR, LLAMA_CPP = "quantdock", "transformers", "floor", "llama.cpp"
+FUNCTION, SUBSTITUTE = "transformers' function", "transformers, torchao"
 ALL = "all"
 
 
@@ -37,16 +38,35 @@ class Contender:
     """It fails, the benchmark fails; any other is left out, with the reason."""
     partial: bool = False
     """It makes only some of the model's tensors; those are compared."""
+    comparable: bool = True
+    """It is to make the same bits; what doesn't isn't compared."""
 
 
 CONTENDERS: Mapping[str, Contender] = {
     QUANTDOCK: Contender(where="loaders:quantdock", about="quantdock.load", required=True),
-    TRANSFORMERS: Contender(where="loaders:transformers", about="from_pretrained", required=True),
+    TRANSFORMERS: Contender(
+        where="loaders:transformers",
+        about="from_pretrained",
+        cases=[name for name, case in CASES.items() if case.config is not None],
+        required=True,
+    ),
     FLOOR: Contender(
         where="floor:floor",
         about="maps the files and runs quantdock's kernel over the weights, no model",
         cases=("nf4", "fp4", "int8"),
         partial=True,
+    ),
+    FUNCTION: Contender(
+        where="readers:fp8_function",
+        about="transformers' own Fp8Quantize on every weight of the mapped files, no model; it makes none on a CPU",
+        cases=("fp8", "fp8-block"),
+        partial=True,
+    ),
+    SUBSTITUTE: Contender(
+        where="loaders:torchao_float8",
+        about="from_pretrained with torchao's float8 per row, as it refuses FP8 on a CPU: other bits, as many of them",
+        cases=("fp8", "fp8-row", "fp8-block"),
+        comparable=False,
     ),
     "accelerate": Contender(
         where="loaders:accelerate", about="load_checkpoint_and_dispatch into an empty model", cases=(AS_STORED,)
@@ -66,7 +86,7 @@ CONTENDERS: Mapping[str, Contender] = {
 }
 """quantdock comes first: the others are compared with it."""
 
-DEFAULT = (QUANTDOCK, TRANSFORMERS, FLOOR)
+DEFAULT = (QUANTDOCK, TRANSFORMERS, FLOOR, FUNCTION, SUBSTITUTE)
 
 
 def chosen(names: Sequence[str], case: str) -> list[str]:

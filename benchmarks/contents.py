@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from benchmarks.contenders import Loaded, state_of
 
@@ -16,7 +18,8 @@ def tensors_of(loaded: Loaded) -> Iterator[torch.Tensor]:
     """Every tensor that a model or a state dict holds, each piece of memory once.
 
     Looks at parameters, buffers, attributes of modules and parameters, and one object further: bitsandbytes keeps
-    scales and code books in a ``QuantState`` beside its weights, and another one inside of that.
+    scales and code books in a ``QuantState`` beside its weights, and another one inside of that. torchao's and quanto's
+    tensors hold others, and have no memory of their own.
     """
     seen: set[int] = set()
     regions: set[tuple[int, int]] = set()
@@ -26,7 +29,7 @@ def tensors_of(loaded: Loaded) -> Iterator[torch.Tensor]:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor) and not item.is_meta:
+        if isinstance(item, torch.Tensor) and not item.is_meta and not _inner(item):
             region = (item.data_ptr(), item.nbytes)
             if region not in regions:
                 regions.add(region)
@@ -57,11 +60,26 @@ def touch(loaded: Loaded) -> None:
 
 
 def checksums(loaded: Loaded) -> dict[str, str]:
-    """Name -> dtype, shape and checksum of everything in the state dict."""
+    """Name -> dtype, shape and checksum of everything in the state dict; of the tensors that make up one, each."""
     return {
-        name: f"{tensor.dtype}{list(tensor.shape)}:{zlib.crc32(_bytes(tensor).numpy().data):08x}"
-        for name, tensor in state_of(loaded).items()
+        name: f"{part.dtype}{list(part.shape)}:{zlib.crc32(_bytes(part).numpy().data):08x}"
+        for whole, tensor in state_of(loaded).items()
+        for name, part in _plain(whole, tensor)
     }
+
+
+def _plain(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor, or those that it is made of."""
+    inner = _inner(tensor)
+    if not inner:
+        yield name, tensor
+    for attribute in inner:
+        yield from _plain(f"{name}.{attribute}", getattr(tensor, attribute))
+
+
+def _inner(tensor: Any) -> list[str]:
+    """The attributes that hold what a tensor without memory of its own is made of; none of any other."""
+    return list(tensor.__tensor_flatten__()[0]) if is_traceable_wrapper_subclass(tensor) else []
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

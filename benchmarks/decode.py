@@ -2,25 +2,28 @@
 
 Tokens per second, the best of all repeats. `prefill` is the whole prompt at once, `decode` what follows, always the
 likeliest token and always as many. `times` says how many times as long as quantdock's model a contender's takes. The
-tokens are compared with quantdock's of the same case.
+tokens are compared with quantdock's of the same case. Before that come single layers beside bfloat16 (layers.py),
+and checkpoints of GPTQ and AWQ beside transformers with gptqmodel (generation.py), each with limits to keep.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import processes
+from benchmarks import generation, layers, packed, processes
 from benchmarks.cases import AS_STORED, METHODS
 from benchmarks.contenders import LLAMA_CPP, QUANTDOCK, TRANSFORMERS, in_turns
 from benchmarks.jobs import DecodeJob, DecodeOutcome, Job
-from benchmarks.machine import Machine
+from benchmarks.machine import Machine, versions
 from benchmarks.options import add_common, add_loading, checkpoints, kept, positive, surroundings, write_json
 from benchmarks.tables import table
 
+PARTS = ("layers", "packed", "models")
 _DEFAULT = (AS_STORED, "nf4", "int8")
 _HEADER = ("case", "contender", "prefill tok/s", "times", "decode tok/s", "times", "same tokens")
 
@@ -31,11 +34,32 @@ Runs = dict[tuple[str, str], list[DecodeOutcome]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``decode``."""
     parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all of it)"
+    )
+    parser.add_argument(
         "--cases", nargs="+", choices=[AS_STORED, *METHODS], default=list(_DEFAULT), help="how it is loaded"
     )
+    parser.add_argument(
+        "--reference-python",
+        type=Path,
+        metavar="PATH",
+        help="an interpreter whose environment has transformers and gptqmodel, if this one's hasn't",
+    )
+    parser.add_argument(
+        "--packed", choices=packed.SHAPES, default="wide", help="checkpoints of GPTQ and AWQ (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layers",
+        type=_shape,
+        nargs="+",
+        default=list(layers.SHAPES),
+        metavar="OUTxIN",
+        help="shapes of single layers",
+    )
+    parser.add_argument("--copies", type=positive, default=8, help="of each layer, in turns (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="a checkpoint of your own instead of --preset's")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp, if it is installed")
-    parser.add_argument("--prompt", type=positive, default=128, help="tokens to read (default: %(default)s)")
+    parser.add_argument("--prompt", type=positive, default=256, help="tokens to read (default: %(default)s)")
     parser.add_argument("--tokens", type=positive, default=32, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--repeats", type=positive, default=3, help="in each process (default: %(default)s)")
     add_common(parser, runs=1)
@@ -43,34 +67,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print the table; 1 if a contender failed or two models of one case say different things."""
+    """Measure, print the tables; 1 if a contender failed, two models of one case say different things, or a limit
+    isn't kept."""
+    single: list[layers.Layers] = []
+    stored: list[generation.Generation] = []
     runs: Runs = {}
     failures: dict[str, str] = {}
+    why_not = "no --gguf was given"
+    print(Machine.here().header(versions()), flush=True)
     with kept(options) as cache:
-        folder = options.folder or checkpoints(options, cache)[0].folder
-        for case in options.cases:
-            try:
-                runs |= _measure(case, (QUANTDOCK, TRANSFORMERS), folder, options)
-            except processes.ProcessError as error:
-                failures[case] = str(error)
-                print(f"failed: {error}", file=sys.stderr)
-        why_not = "no --gguf was given"
-        if options.gguf is not None:
-            try:
-                runs |= _measure(options.gguf.stem, (LLAMA_CPP,), options.gguf.resolve(), options)
-                why_not = ""
-            except processes.ProcessError as error:
-                why_not = error.reason
-    write_json(options, _as_data(runs, failures, why_not, options))
-    if not runs:
-        return 1
-    first = next(iter(runs.values()))[0]
-    print(Machine.here().header(first.versions, first.threads))
-    print(f"model     {options.folder or options.preset}; {options.prompt} tokens read, {options.tokens} generated\n")
-    print(table(_HEADER, list(_rows(runs, options))))
+        with _failing("layers", failures):
+            if "layers" in options.parts:
+                single = layers.measure(options.layers, options.repeats * 3, options.copies, surroundings(options))
+                print(f"threads   {single[0].outcome.threads}\n\n{layers.report(single)}", flush=True)
+        for method in packed.CONFIGS if "packed" in options.parts else ():
+            with _failing(method, failures):
+                stored.append(generation.measure(method, cache, options))
+        if stored:
+            print(f"\n{generation.report(stored, options)}", flush=True)
+        if "models" in options.parts:
+            why_not = _models(options, cache, runs, failures)
+    write_json(options, _as_data(runs, failures, why_not, options) | _limited(single, stored))
+    within = layers.kept(single) and all(one.reached for one in stored)
+    return 1 if failures or not within or not all(_sameness(runs, options).values()) else 0
+
+
+@contextlib.contextmanager
+def _failing(part: str, failures: dict[str, str]) -> Iterator[None]:
+    try:
+        yield
+    except processes.ProcessError as error:
+        failures[part] = str(error)
+        print(f"failed: {error}", file=sys.stderr)
+
+
+def _limited(single: list[layers.Layers], stored: list[generation.Generation]) -> dict[str, object]:
+    return {"layers": layers.as_data(single), "packed": generation.as_data(stored)}
+
+
+def _models(options: argparse.Namespace, cache: Path, runs: Runs, failures: dict[str, str]) -> str:
+    """Measure whole models into ``runs`` and print them; why llama.cpp is left out, or nothing."""
+    folder = options.folder or checkpoints(options, cache)[0].folder
+    for case in options.cases:
+        with _failing(case, failures):
+            runs |= _measure(case, (QUANTDOCK, TRANSFORMERS), folder, options)
+    why_not = "no --gguf was given"
+    if options.gguf is not None:
+        try:
+            runs |= _measure(options.gguf.stem, (LLAMA_CPP,), options.gguf.resolve(), options)
+            why_not = ""
+        except processes.ProcessError as error:
+            why_not = error.reason
+    if runs:
+        print(f"\nmodel     {options.folder or options.preset}; {options.prompt} read, {options.tokens} generated")
+        print(f"threads   {next(iter(runs.values()))[0].threads}\n")
+        print(table(_HEADER, list(_rows(runs, options))))
     if why_not:
         print(f"\n{LLAMA_CPP} left out: {why_not}")
-    return 1 if failures or not all(_sameness(runs, options).values()) else 0
+    return why_not
+
+
+def _shape(text: str) -> tuple[int, int]:
+    outputs, _, inputs = text.partition("x")
+    return positive(outputs), positive(inputs)
 
 
 def _measure(case: str, names: tuple[str, ...], folder: Path, options: argparse.Namespace) -> Runs:

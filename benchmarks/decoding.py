@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from benchmarks.contenders import LLAMA_CPP, loader
+from benchmarks.contenders import LLAMA_CPP, QUANTDOCK, loader
 from benchmarks.jobs import DecodeJob, DecodeOutcome, Job
 from benchmarks.machine import versions
 
@@ -17,6 +17,8 @@ _WARM_UP = 2
 """Tokens that are generated first: a library may rearrange weights when they are first used."""
 _STRIDE = 7919
 """Between the tokens of the prompt, which stands for any text."""
+_LOGITS = 1024
+"""Of those after the prompt, so many are told."""
 
 
 class Generator(Protocol):
@@ -24,6 +26,8 @@ class Generator(Protocol):
 
     vocabulary: int
     threads: int
+    logits: list[float]
+    """After the prompt; empty if it can't tell."""
 
     def restart(self, prompt: list[int]) -> int:
         """Forget everything, read the prompt; the likeliest token after it."""
@@ -35,42 +39,63 @@ class Generator(Protocol):
 class TorchGenerator:
     """A causal language model of transformers' classes, whoever loaded it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: DecodeJob) -> None:
         import torch
 
-        self._model = loader(job)(job.folder).eval()
+        self._model = _load(job).eval()
         self._past: Any = None
+        self.logits: list[float] = []
         self.vocabulary = int(self._model.config.vocab_size)
         self.threads = torch.get_num_threads()
 
     def restart(self, prompt: list[int]) -> int:
         self._past = None
-        return self._read(prompt)
+        logits = self._read(prompt)
+        self.logits = logits[:_LOGITS].tolist()
+        return int(logits.argmax())
 
     def follow(self, token: int) -> int:
-        return self._read([token])
+        return int(self._read([token]).argmax())
 
-    def _read(self, tokens: list[int]) -> int:
+    def _read(self, tokens: list[int]) -> Any:
         import torch
 
         with torch.inference_mode():
             read = torch.tensor([tokens])
             made = self._model(read, past_key_values=self._past, use_cache=True, logits_to_keep=1)
         self._past = made.past_key_values
-        return int(made.logits[0, -1].argmax())
+        return made.logits[0, -1]
+
+
+def _load(job: DecodeJob) -> Any:
+    if job.dtype is None:
+        return loader(job.load)(job.load.folder)
+    if job.load.contender == QUANTDOCK:
+        import quantdock
+
+        return quantdock.load(job.load.folder, dtype=job.dtype, device_map="cpu", progress=False)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(job.load.folder, dtype=job.dtype, device_map="cpu")
 
 
 class LlamaGenerator:
     """llama.cpp on a GGUF file, through llama-cpp-python."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: DecodeJob) -> None:
         from os import environ, sched_getaffinity
 
         from llama_cpp import Llama
 
+        self.logits: list[float] = []
         self.threads = int(environ.get("OMP_NUM_THREADS") or len(sched_getaffinity(0)))
         self._model = Llama(
-            job.folder, n_ctx=0, n_threads=self.threads, n_threads_batch=self.threads, logits_all=False, verbose=False
+            job.load.folder,
+            n_ctx=0,
+            n_threads=self.threads,
+            n_threads_batch=self.threads,
+            logits_all=False,
+            verbose=False,
         )
         self.vocabulary = int(self._model.n_vocab())
 
@@ -86,13 +111,13 @@ class LlamaGenerator:
         return int(self._model.sample(temp=0.0, repeat_penalty=1.0))
 
 
-GENERATORS: dict[str, Callable[[Job], Generator]] = {LLAMA_CPP: LlamaGenerator}
+GENERATORS: dict[str, Callable[[DecodeJob], Generator]] = {LLAMA_CPP: LlamaGenerator}
 """Contender -> what generates; by default a ``TorchGenerator``."""
 
 
 def measure(job: DecodeJob) -> DecodeOutcome:
     """Load, warm up, generate as often as asked."""
-    generator = GENERATORS.get(job.load.contender, TorchGenerator)(job.load)
+    generator = GENERATORS.get(job.load.contender, TorchGenerator)(job)
     prompt = [index * _STRIDE % generator.vocabulary for index in range(1, job.prompt + 1)]
     _generate(generator, prompt, _WARM_UP)
     runs = [_generate(generator, prompt, job.tokens) for _ in range(job.repeats)]
@@ -100,6 +125,7 @@ def measure(job: DecodeJob) -> DecodeOutcome:
         prefill_seconds=[prefill for prefill, _, _ in runs],
         decode_seconds=[decode for _, decode, _ in runs],
         tokens=runs[0][2],
+        logits=generator.logits,
         versions=versions(),
         threads=generator.threads,
     )

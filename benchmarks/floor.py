@@ -18,8 +18,6 @@ from benchmarks.jobs import Job
 
 _THREADS = 2
 _BLOCKSIZE = 64
-_QUANTIZED = "_proj.weight"
-"""How the names of those weights end in the checkpoints that are made here."""
 
 _State = dict[str, torch.Tensor]
 _Kernel = Callable[[str, torch.Tensor], _State]
@@ -33,7 +31,7 @@ def floor(job: Job) -> Load:
 
     def load(folder: str) -> _State:
         state: _State = read(folder)
-        names = [name for name in state if name.endswith(_QUANTIZED)]
+        names = [name for name in state if name.endswith(readers.QUANTIZED)]
         with ThreadPoolExecutor(job.workers or _THREADS) as threads:
             for made in threads.map(kernel, names, [state[name] for name in names]):
                 state |= made

@@ -130,6 +130,8 @@ class DecodeJob:
     tokens: int
     """To generate after them, whatever they are."""
     repeats: int
+    dtype: str | None = None
+    """What the model is loaded in, as it is stored otherwise; ``None`` for what the load's case says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,5 +144,7 @@ class DecodeOutcome:
     """For all generated tokens but the first, which comes from the prompt, each repeat."""
     tokens: list[int]
     """What was generated: always the likeliest."""
+    logits: list[float]
+    """The first ones after the prompt, if the contender tells."""
     versions: Mapping[str, str]
     threads: int

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import comparison, processes, series
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, left_out
 from benchmarks.checkpoints import Checkpoint
 from benchmarks.contenders import CONTENDERS, QUANTDOCK, chosen
 from benchmarks.options import add_common, add_contenders, add_loading, checkpoints, kept, surroundings, write_json
@@ -45,10 +45,14 @@ def run(options: argparse.Namespace) -> int:
     with kept(options) as cache:
         checkpoint, tiny = checkpoints(options, cache)
         print(checkpoint, flush=True)
-        requests = {case: partial(_request, case, checkpoint, tiny, cache, options) for case in options.cases}
+        absent = left_out(options.cases)
+        cases = [case for case in options.cases if case not in absent]
+        requests = {case: partial(_request, case, checkpoint, tiny, cache, options) for case in cases}
         measured = series.run(requests, options)
         write_json(options, comparison.as_data("load", measured, checkpoint, options))
     comparison.show(measured, options)
+    for case, reason in absent.items():
+        print(f"{case} left out: {reason}")
     return 1 if measured.failures else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,16 +32,28 @@ def quantdock(job: Job) -> Load:
 
 def transformers(job: Job) -> Load:
     """``AutoModelForCausalLM.from_pretrained``."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    config = CASES[job.case].config
+    assert config is not None, f"transformers doesn't do {job.case} here; contenders.py knows"
+    return _from_pretrained(config)
+
+
+def torchao_float8(job: Job) -> Load:
+    """``AutoModelForCausalLM.from_pretrained`` with torchao's float8, whatever the case asks for."""
+    return _from_pretrained(CASES["torchao-float8"].config or {})
+
+
+def _from_pretrained(config: Mapping[str, Any]) -> Load:
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers import AutoQuantizationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": "cpu"}
-    if settings := CASES[job.case].bitsandbytes:
-        options["quantization_config"] = BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.bfloat16)
 
     def load(folder: str) -> torch.nn.Module:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
+        # The config is made anew each time: transformers writes into it.
+        quantization = {"quantization_config": AutoQuantizationConfig.from_dict({**config})} if config else {}
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options, **quantization)
         return model
 
     return load

@@ -16,6 +16,7 @@ _PACKAGES = (
     "accelerate",
     "safetensors",
     "bitsandbytes",
+    "gptqmodel",
     "quantdock",
     "quantdock-bnb",
     "quantdock-kernels",
@@ -56,12 +57,14 @@ class Machine:
 
 def versions() -> dict[str, str]:
     """What is installed in this environment, of the packages that take part, and what quantdock's operations run on."""
-    from quantdock import ops
-
     found = {}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
+    if "quantdock" not in found:  # another contender's environment
+        return found
+    from quantdock import ops
+
     return found | {"operations on": ops.implementation()}
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from benchmarks import processes
-from benchmarks.cases import CASES, METHODS
+from benchmarks.cases import ALONE, CASES, METHODS, left_out
 from benchmarks.checkpoints import Checkpoint
 from benchmarks.contenders import QUANTDOCK, TRANSFORMERS, chosen, in_turns
 from benchmarks.jobs import Job, Outcome
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases",
         nargs="+",
         choices=[case for case in CASES if not CASES[case].cached],
-        default=list(METHODS),
-        help=f"default: {' '.join(METHODS)}",
+        default=[*METHODS, *ALONE],
+        help=f"default: {' '.join([*METHODS, *ALONE])}",
     )
     parser.add_argument(
         "--budget", nargs="+", default=["256MiB"], help="quantdock's memory_budget; several are compared"
@@ -75,7 +75,10 @@ def run(options: argparse.Namespace) -> int:
             options.contenders = [QUANTDOCK]
         worst: Worst = {}
         failures: dict[str, str] = {}
-        for case in options.cases:
+        absent = left_out(options.cases)
+        for case, reason in absent.items():
+            print(f"{case} left out: {reason}")
+        for case in [case for case in options.cases if case not in absent]:
             try:
                 worst |= _measure(case, checkpoint, tiny, budgets, options)
             except processes.ProcessError as error:

@@ -39,6 +39,8 @@ class Surroundings:
     """For torch and everything else that listens to ``OMP_NUM_THREADS``; ``None`` for their default."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Of the environment, beside the parent's."""
+    python: str = sys.executable
+    """The interpreter, whose environment has what the contender needs."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -64,7 +66,7 @@ def ask(module: str, question: Any, surroundings: Surroundings) -> tuple[dict[st
     with tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         with subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}"],
+            [surroundings.python, "-m", f"benchmarks.{module}"],
             cwd=_ROOT,
             env=surroundings.environment,
             stdin=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """The contenders that only read: all tensors of all shards, by name, assigned to nothing.
 
-What they take is a part of what a loader takes. All but safetensors are optional packages.
+What they take is a part of what a loader takes. All but safetensors and transformers are optional packages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from benchmarks.contenders import Load
 from benchmarks.jobs import Job
 
 _State = dict[str, torch.Tensor]
+
+QUANTIZED = "_proj.weight"
+"""How the names of the weights end that are quantized, in the checkpoints that are made here."""
 
 
 def _shards(folder: str) -> list[str]:
@@ -59,5 +62,26 @@ def runai(job: Job) -> Load:
         with SafetensorsStreamer() as streamer:
             streamer.stream_files(_shards(folder))
             return dict(streamer.get_tensors())
+
+    return load
+
+
+def fp8_function(job: Job) -> Load:
+    """transformers' function for FP8, weight by weight in the calling thread, as its loader would call it."""
+    from types import SimpleNamespace
+
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    block = (128, 128) if job.case == "fp8-block" else None
+    config = SimpleNamespace(weight_block_size=block, scale_fmt="float")
+    function = Fp8Quantize(SimpleNamespace(quantization_config=config))
+    read = safetensors(job)
+
+    def load(folder: str) -> _State:
+        state: _State = read(folder)
+        for name in [name for name in state if name.endswith(QUANTIZED)]:
+            for part, made in function.convert({name: state[name]}).items():
+                state[part] = made.squeeze() if block is None else made  # one scale has no dimensions in FP8Linear
+        return state
 
     return load

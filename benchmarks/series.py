@@ -64,9 +64,13 @@ class Measured:
             return None
         return self.ready(contender) / self.ready(base)
 
-    def differing(self, contender: str) -> list[str]:
-        """Names that aren't there, or not the same bits, in quantdock's state dict and this one."""
+    def differing(self, contender: str) -> list[str] | None:
+        """Names that aren't there, or not the same bits, in quantdock's state dict and this one.
+
+        ``None`` of a contender that is to make other bits."""
         ours, theirs = self.outcomes[QUANTDOCK][0].checksums, self.outcomes[contender][0].checksums
+        if not CONTENDERS[contender].comparable:
+            return None
         names = theirs.keys() if CONTENDERS[contender].partial else ours.keys() | theirs.keys()
         return sorted(name for name in names if ours.get(name) != theirs.get(name))
 

@@ -23,8 +23,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("benchmarks")
 
 
-def run(command: str, cache: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """What one benchmark writes as JSON, and what it prints."""
+def run(command: str, cache: Path, *arguments: str, statuses: tuple[int, ...] = (0,)) -> tuple[dict[str, Any], str]:
+    """What one benchmark writes as JSON, and what it prints; its exit status has to be one of ``statuses``."""
     target = cache / f"{command}.json"
     options = ["--runs", "1", "--cache", str(cache), "--json", str(target)]
     done = subprocess.run(
@@ -34,7 +34,7 @@ def run(command: str, cache: Path, *arguments: str) -> tuple[dict[str, Any], str
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode in statuses, done.stdout + done.stderr
     return json.loads(target.read_text()), done.stdout
 
 
@@ -106,6 +106,18 @@ def test_an_optional_contender_that_cannot_run_is_left_out_with_the_reason(cache
     assert f"bf16: instanttensor left out: {reason}" in text
 
 
+def test_tensors_within_tensors_are_compared(cache: Path) -> None:
+    """torchao's; and FP8, whose contender makes some of the tensors, and another that is to make others."""
+    data, text = run("load", cache, "--preset", "tiny", "--cases", "torchao-int8", "fp8")
+    assert data["failures"] == {}
+    torchao, fp8 = data["cases"]["torchao-int8"], data["cases"]["fp8"]
+    assert torchao["differing"] == {"transformers": []}
+    ours, theirs = (torchao["contenders"][name][0] for name in ("quantdock", "transformers"))
+    assert ours["model_nbytes"] == theirs["model_nbytes"] == ours["predicted_nbytes"]
+    assert fp8["differing"] == {"transformers' function": [], "transformers, torchao": None}
+    assert "transformers' function: " in text
+
+
 def test_reload_reads_what_quantdock_saved(cache: Path) -> None:
     data, text = run("reload", cache, "--preset", "tiny", "--cases", "nf4-dq")
     assert data["failures"] == {}
@@ -141,8 +153,8 @@ def test_plans_of_both_kinds_of_model_are_measured(cache: Path) -> None:
 
 
 def test_both_models_generate_the_same(cache: Path) -> None:
-    arguments = ("--preset", "tiny", "--cases", "nf4", "--prompt", "8", "--tokens", "4", "--repeats", "2")
-    data, text = run("decode", cache, *arguments)
+    arguments = ("--parts", "models", "--preset", "tiny", "--cases", "nf4", "--prompt", "8", "--tokens", "4")
+    data, text = run("decode", cache, *arguments, "--repeats", "2")
     assert data["same"] == {"nf4": True}
     assert [line["contender"] for line in data["lines"]] == ["quantdock", "transformers"]
     for line in data["lines"]:
@@ -151,3 +163,25 @@ def test_both_models_generate_the_same(cache: Path) -> None:
         assert len(outcome["decode_seconds"]) == 2
         assert line["decode_per_second"] > 0
     assert "llama.cpp left out: no --gguf was given" in text
+
+
+def test_layers_and_packed_checkpoints_are_compared(cache: Path) -> None:
+    arguments = ("--parts", "layers", "packed", "--packed", "tiny", "--layers", "64x128", "--copies", "2")
+    settings = ("--prompt", "4", "--tokens", "3", "--repeats", "1")
+    data, text = run("decode", cache, *arguments, *settings, statuses=(0, 1))  # so small, they tell nothing of speed
+    assert data["failures"] == {}
+    (layers,) = data["layers"]
+    seconds = layers["outcome"]["seconds"]
+    assert seconds.keys() == {"bf16", "gptq-int4", "gptq-int8", "fp8-block"}
+    assert all(len(rows) == 2 and min(map(min, rows)) > 0 for rows in seconds.values())
+    assert layers["outcome"]["paths"].keys() == {"gptq-int4", "gptq-int8"}
+    assert layers["reached"].keys() == seconds.keys() - {"bf16"}
+    assert [one["checkpoint"] for one in data["packed"]] == ["gptq", "awq"]
+    for one in data["packed"]:
+        ours = {line["dtype"]: line["outcomes"][0] for line in one["lines"] if line["contender"] == "quantdock"}
+        assert ours.keys() == {"float16", "bfloat16"}
+        assert all(len(outcome["tokens"]) == 3 and any(outcome["logits"]) for outcome in ours.values())
+        if one["left_out"]:  # no gptqmodel here
+            assert f"{one['checkpoint']}: transformers left out: {one['left_out']}" in text
+        else:
+            assert len(one["lines"]) == 4

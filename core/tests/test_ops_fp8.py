@@ -146,6 +146,21 @@ def test_it_is_what_torchao_does(dtype: torch.dtype, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(4))
+def test_it_is_what_quanto_does(dtype: torch.dtype, seed: int) -> None:
+    """Whose quotients are in the dtype of the weights."""
+    quanto = pytest.importorskip("optimum.quanto", reason="compares with optimum-quanto")
+    matrix = weights(seed, 100, 60, dtype)
+    scale = quanto.AbsmaxOptimizer()(matrix, quanto.qfloat8, 0)
+    expected = torch.ops.quanto.quantize_symmetric(matrix, torch.float8_e4m3fn, 0, scale)
+    found = ops.fp8_scales(ops.block_magnitudes(matrix, block=(1, 60)), rule="quotient")
+    assert torch.equal(found.stored.to(dtype), scale)
+    codes = torch.empty(matrix.shape, dtype=torch.float8_e4m3fn)
+    ops.encode_fp8(matrix, scales=found.scales, block=(1, 60), divide=found.divide, codes=codes, narrow=True)
+    assert same_codes(codes, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(4))
 def test_it_is_what_fbgemm_does(dtype: torch.dtype, seed: int) -> None:
     """Told by its code for CPUs, ``quantize_fp8_row``: FBGEMM can't be installed everywhere."""
     matrix = weights(seed, 100, 60, dtype)

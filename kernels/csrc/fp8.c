@@ -35,52 +35,61 @@ INLINE float from_fp8(uint8_t code, enum format format) {
 }
 
 INLINE void encode_some(
-    const void *x, enum dtype dtype, int64_t n, float scale, bool divide, uint8_t *restrict codes) {
-    for (int64_t i = 0; i < n; i++)
-        codes[i] = to_e4m3(divide ? load(x, i, dtype) / scale : load(x, i, dtype) * scale);
+    const void *x, enum dtype dtype, enum dtype arithmetic, int64_t n, float scale, bool divide,
+    uint8_t *restrict codes) {
+    for (int64_t i = 0; i < n; i++) {
+        float value = divide ? load(x, i, dtype) / scale : load(x, i, dtype) * scale;
+        codes[i] = to_e4m3(rounded(value, arithmetic));
+    }
 }
 
-INLINE void encode_part(const void *x, enum dtype dtype, int64_t n, float scale, bool divide, uint8_t *codes) {
+INLINE void encode_part(
+    const void *x, enum dtype dtype, enum dtype arithmetic, int64_t n, float scale, bool divide, uint8_t *codes) {
     if (dtype != FLOAT16) {
-        encode_some(x, dtype, n, scale, divide, codes);
+        encode_some(x, dtype, arithmetic, n, scale, divide, codes);
         return;
     }
     float values[BATCH];
     for (int64_t i = 0; i < n; i += BATCH) {
         int64_t size = n - i < BATCH ? n - i : BATCH;
         load_halves((const uint16_t *)x + i, size, values);
-        encode_some(values, FLOAT32, size, scale, divide, codes + i);
+        encode_some(values, FLOAT32, arithmetic, size, scale, divide, codes + i);
     }
 }
 
 INLINE void encode(
-    const void *x, enum dtype dtype, int64_t rows, int64_t columns, int64_t stride, const float *scales,
-    int64_t block_rows, int64_t block_columns, bool divide, uint8_t *codes) {
+    const void *x, enum dtype dtype, enum dtype arithmetic, int64_t rows, int64_t columns, int64_t stride,
+    const float *scales, int64_t block_rows, int64_t block_columns, bool divide, uint8_t *codes) {
     int64_t across = (columns + block_columns - 1) / block_columns;
     for (int64_t row = 0; row < rows; row++) {
         const float *scale = scales + row / block_rows * across;
         for (int64_t start = 0; start < columns; start += block_columns, scale++) {
             int64_t n = columns - start < block_columns ? columns - start : block_columns;
             encode_part(
-                at(x, row * stride + start, dtype), dtype, n, *scale, divide, codes + row * columns + start);
+                at(x, row * stride + start, dtype), dtype, arithmetic, n, *scale, divide,
+                codes + row * columns + start);
         }
     }
 }
 
 KERNEL(void, encode_fp8)(
     const void *x, int dtype, int64_t rows, int64_t columns, int64_t stride, const float *scales, int64_t block_rows,
-    int64_t block_columns, int divide, uint8_t *codes) {
-#define ENCODE(dtype)                                                                                                  \
+    int64_t block_columns, int divide, int narrow, uint8_t *codes) {
+#define ENCODE(dtype, arithmetic)                                                                                      \
     if (divide)                                                                                                        \
-        encode(x, dtype, rows, columns, stride, scales, block_rows, block_columns, true, codes);                       \
+        encode(x, dtype, arithmetic, rows, columns, stride, scales, block_rows, block_columns, true, codes);           \
     else                                                                                                               \
-        encode(x, dtype, rows, columns, stride, scales, block_rows, block_columns, false, codes)
+        encode(x, dtype, arithmetic, rows, columns, stride, scales, block_rows, block_columns, false, codes)
     if (dtype == FLOAT32) {
-        ENCODE(FLOAT32);
+        ENCODE(FLOAT32, FLOAT32);
+    } else if (dtype == BFLOAT16 && narrow) {
+        ENCODE(BFLOAT16, BFLOAT16);
     } else if (dtype == BFLOAT16) {
-        ENCODE(BFLOAT16);
+        ENCODE(BFLOAT16, FLOAT32);
+    } else if (narrow) {
+        ENCODE(FLOAT16, FLOAT16);
     } else {
-        ENCODE(FLOAT16);
+        ENCODE(FLOAT16, FLOAT32);
     }
 }
 

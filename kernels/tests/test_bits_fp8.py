@@ -59,7 +59,9 @@ def test_groups(
 
 @every_instruction_set
 @settings(deadline=None, max_examples=150)
-@given(block=st.sampled_from(BLOCKS), divide=st.booleans(), fitting=st.booleans(), **sizes, **weights)
+@given(
+    block=st.sampled_from(BLOCKS), divide=st.booleans(), fitting=st.booleans(), narrow=st.booleans(), **sizes, **weights
+)
 def test_encode(
     instruction_set: str,
     kind: str,
@@ -71,6 +73,7 @@ def test_encode(
     block: tuple[int, int],
     divide: bool,
     fitting: bool,
+    narrow: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = some_matrix(generator, kind, rows, columns, gap, dtype)
@@ -81,24 +84,24 @@ def test_encode(
     else:
         scales = some_scales(generator, *grid(rows, columns, block))
     codes, memory = guarded(torch.float8_e4m3fn, rows, columns)
-    kernels.encode_fp8(matrix, scales=scales, block=block, divide=divide, codes=codes, instruction_set=instruction_set)
+    how = {"scales": scales, "block": block, "divide": divide, "narrow": narrow}
+    kernels.encode_fp8(matrix, codes=codes, instruction_set=instruction_set, **how)
     expected = torch.empty_like(codes)
-    ops.encode_fp8(matrix, scales=scales, block=block, divide=divide, codes=expected)
+    ops.encode_fp8(matrix, codes=expected, **how)
     assert torch.equal(bits(codes), bits(expected))
     nothing_else_was_written(codes, memory)
 
 
 @every_instruction_set
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_encode_every_16_bit_value(instruction_set: str, dtype: torch.dtype) -> None:
+def test_encode_every_16_bit_value(instruction_set: str, dtype: torch.dtype, narrow: bool) -> None:
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
     codes, expected = torch.empty(2, 256, 256, dtype=torch.float8_e4m3fn)
     for scale in (1.0, 0.7, 2.0**-9):
-        scales = torch.full((1, 1), scale)
-        kernels.encode_fp8(
-            every, scales=scales, block=(256, 256), divide=False, codes=codes, instruction_set=instruction_set
-        )
-        ops.encode_fp8(every, scales=scales, block=(256, 256), divide=False, codes=expected)
+        how = {"scales": torch.full((1, 1), scale), "block": (256, 256), "divide": False, "narrow": narrow}
+        kernels.encode_fp8(every, codes=codes, instruction_set=instruction_set, **how)
+        ops.encode_fp8(every, codes=expected, **how)
         assert torch.equal(bits(codes), bits(expected))
 
 

@@ -21,6 +21,7 @@ def encode_fp8(
     block: tuple[int, int],
     divide: bool,
     codes: Tensor,
+    narrow: bool = False,
     instruction_set: str | None = None,
 ) -> None:
     """See ``quantdock.ops.encode_fp8``.
@@ -31,6 +32,7 @@ def encode_fp8(
         block: rows and columns that share a scale.
         divide: by scales, instead of multiplying with them.
         codes: float8_e4m3fn ``[rows, columns]``; written.
+        narrow: round to the matrix's dtype first.
         instruction_set: one of ``instruction_sets()``, instead of ``instruction_set()``.
 
     Raises:
@@ -40,7 +42,10 @@ def encode_fp8(
     check_positive("block", *block)
     rows, columns = matrix.shape
     call = function(
-        "encode_fp8", instruction_set, c_void_p, c_int, *[c_int64] * 3, c_void_p, c_int64, c_int64, c_int, c_void_p
+        "encode_fp8",
+        instruction_set,
+        *[c_void_p, c_int, c_int64, c_int64, c_int64],
+        *[c_void_p, c_int64, c_int64, c_int, c_int, c_void_p],
     )
     call(
         matrix.data_ptr(),
@@ -51,6 +56,7 @@ def encode_fp8(
         check("scales", scales, torch.float32, -(-rows // block[0]), -(-columns // block[1])),
         *block,
         divide,
+        narrow,
         check("codes", codes, torch.float8_e4m3fn, rows, columns),
     )
 

@@ -107,15 +107,15 @@ def test_weights_may_lie_anywhere_in_a_file(shift: int, tmp_path: Path) -> None:
 def test_one_row_is_quantized_as_a_whole(tmp_path: Path) -> None:
     original = write_checkpoint(tmp_path / "source", linear=(64, 1))
     ours = quantdock.load(tmp_path / "source", model=SmallModel, quantize="quanto-int8")
-    theirs = copy.deepcopy(original.extra)
+    theirs = copy.deepcopy(original.get_submodule("blocks.1.extra"))
     assert isinstance(theirs, nn.Linear)
     made = quanto.QLinear.from_module(theirs, weights=quanto.qint8)
     made.freeze()
-    weight: Any = ours.get_parameter("extra.weight")
+    weight: Any = ours.get_parameter("blocks.1.extra.weight")
     assert torch.equal(weight._data, made.weight._data)
     assert torch.equal(weight.dequantize(), made.weight.dequantize())
     again = quantdock.load(quantdock.save(ours, tmp_path / "saved"), model=SmallModel)
-    assert torch.equal(again.get_parameter("extra.weight").dequantize(), weight.dequantize())
+    assert torch.equal(again.get_parameter("blocks.1.extra.weight").dequantize(), weight.dequantize())
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

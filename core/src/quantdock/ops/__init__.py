@@ -21,6 +21,7 @@ from quantdock.ops.fp8 import decode_fp8, encode_fp8
 from quantdock.ops.fp8_scales import Fp8Scales, fp8_scales
 from quantdock.ops.groups import block_magnitudes, group_extremes, group_magnitudes
 from quantdock.ops.rows import quantize_rows_int8, rows_int8_working_bytes
+from quantdock.ops.trial import trial_matrix
 from quantdock.ops.words import pack_words, unpack_words
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "quantize_blockwise_8bit",
     "quantize_rows_int8",
     "rows_int8_working_bytes",
+    "trial_matrix",
     "unpack_words",
     "working_bytes",
 ]

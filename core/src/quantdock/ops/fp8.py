@@ -16,7 +16,9 @@ _NEGATIVE_NAN_E4M3 = 0xFF
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def encode_fp8(matrix: Tensor, *, scales: Tensor, block: tuple[int, int], divide: bool, codes: Tensor) -> None:
+def encode_fp8(
+    matrix: Tensor, *, scales: Tensor, block: tuple[int, int], divide: bool, codes: Tensor, narrow: bool = False
+) -> None:
     """Scale elements as float32, and round them to the nearest float8_e4m3fn, ties to even.
 
     What is beyond the largest code, 448, gets that code. A NaN, such as an infinity or a zero times the wrong scale
@@ -29,6 +31,7 @@ def encode_fp8(matrix: Tensor, *, scales: Tensor, block: tuple[int, int], divide
         block: rows and columns that share a scale; blocks at the edges may be smaller.
         divide: by scales, instead of multiplying with them. The two round differently.
         codes: float8_e4m3fn ``[rows, columns]``, written.
+        narrow: round what is scaled to the matrix's dtype first, as where all the arithmetic is in that.
 
     Raises:
         ValueError: an argument isn't as described; nothing has been written.
@@ -38,12 +41,14 @@ def encode_fp8(matrix: Tensor, *, scales: Tensor, block: tuple[int, int], divide
     expect("codes", codes, torch.float8_e4m3fn, *matrix.shape, device=matrix.device)
     kernels = compiled(matrix)
     if kernels is not None and has_whole_rows(matrix):
-        kernels.encode_fp8(matrix, scales=scales, block=block, divide=divide, codes=codes)
+        kernels.encode_fp8(matrix, scales=scales, block=block, divide=divide, codes=codes, narrow=narrow)
         return
     for rows in row_pieces(*matrix.shape):
         scale = spread(scales, block, rows, matrix.shape[1])
         values = matrix[rows].float()
         values = values / scale if divide else values * scale
+        if narrow and matrix.dtype != torch.float32:
+            values = values.to(matrix.dtype).float()
         # Not every version of torch limits what it converts.
         codes[rows] = values.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
         # The sign of a NaN depends on the processor. On CPU, bools are slow in torch, the largest element isn't.

@@ -20,11 +20,17 @@ from quantdock import (
     TensorSpec,
     UnsupportedError,
     hookimpl,
+    ops,
 )
+from quantdock_quanto.arithmetic import WORKING_PER_ROW, Arithmetic, arithmetic_of
 from quantdock_quanto.config import QuantoConfig
 
 _WORKING = 12
 """Bytes per element that quanto allocates on the way at the most, its result not counted; measured."""
+
+_PIECE, _PIECE_ON_DEVICE = 1 << 18, 1 << 20
+"""Elements that quanto is given at a time on CPU and elsewhere: it takes several times their memory, of which malloc
+keeps the more, the larger they are."""
 
 _ALIGNMENT = 64
 """Bytes; that of torch's own memory, so what was quantized here isn't copied again."""
@@ -60,6 +66,7 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
                 f"here. Use weights={' or '.join(map(repr, _EIGHT_BITS))}, or another method's 4-bit preset"
             )
         self._layouts: dict[tuple[str, TensorSpec], Layout] = {}
+        self._tried: dict[torch.dtype, Arithmetic | None] = {}
 
     # What the core asks -------------------------------------------------------------------------------------------
 
@@ -89,13 +96,20 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
                 f"{leaf}._scale": TensorSpec(dtype=spec.dtype, shape=(spec.shape[0], 1)),
                 **dict.fromkeys(_SCALES, scalar),
             }
-            # A slice is quantized beside its parts, and then copied to where they belong.
-            copies = -(-(_WORKING + 2) // spec.dtype.itemsize)
-            slices = Slices(dim=0, working_copies=copies) if spec.shape[0] > 1 else None
-            self._layouts[kind] = Layout(
-                components=components, working_bytes=_WORKING * spec.numel + 1024, slices=slices
-            )
+            working, slices = self._working(spec)
+            self._layouts[kind] = Layout(components=components, working_bytes=working, slices=slices)
         return self._layouts[kind]
+
+    def _working(self, spec: TensorSpec) -> tuple[int, Slices | None]:
+        """What quantizing takes, as a whole and in slices."""
+        rows, columns = spec.shape
+        if rows == 1:
+            return _WORKING * spec.numel + 1024, None
+        # A piece is quantized beside its parts, and then copied to where they belong.
+        working = max(ops.working_bytes(columns), (_WORKING + 2) * min(spec.numel, max(_PIECE_ON_DEVICE, columns)))
+        copies = -(-WORKING_PER_ROW * rows // spec.nbytes)
+        slices = Slices(dim=0, working_bytes=working, working_copies=copies)
+        return working + copies * spec.nbytes, slices
 
     def companions(self) -> Mapping[str, str]:
         return dict.fromkeys(("weight._data", "weight._scale", *_SCALES), "weight")
@@ -124,16 +138,20 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
     def quantize_param(self, parameter: Parameter, tensor: Tensor) -> Mapping[str, Tensor] | None:
         if parameter.name not in self.parameters:
             return None
-        data, scale = self._quantized(tensor)
-        one = torch.ones((), dtype=parameter.spec.dtype, device=tensor.device)
-        parts = {f"{parameter.leaf}._data": data, f"{parameter.leaf}._scale": scale}
-        return parts | {name: one.clone() for name in _SCALES}
+        parts = self.begin_slices(parameter, tensor.device)
+        self.quantize_slice(parameter, tensor, 0, parts)
+        return self.finish_slices(parameter, parts)
 
     def quantize_slice(self, parameter: Parameter, tensor: Tensor, start: int, parts: Mapping[str, Tensor]) -> None:
-        rows = slice(start, start + len(tensor))
-        data, scale = self._quantized(tensor)
-        parts[f"{parameter.leaf}._data"][rows] = data
-        parts[f"{parameter.leaf}._scale"][rows] = scale
+        data, scale = (parts[f"{parameter.leaf}.{name}"][start : start + len(tensor)] for name in ("_data", "_scale"))
+        on_cpu, whole = tensor.device.type == "cpu", parameter.spec.shape[0] == 1
+        arithmetic = self._arithmetic(tensor.dtype) if on_cpu and not whole else None
+        if arithmetic is not None and arithmetic(tensor, data, scale):
+            return
+        step = max(1, (_PIECE if on_cpu else _PIECE_ON_DEVICE) // tensor.shape[1])
+        for first in range(0, len(tensor), step):
+            rows = slice(first, first + step)
+            data[rows], scale[rows] = self._quantized(tensor[rows])
 
     def finish_slices(self, parameter: Parameter, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         for name in _SCALES:
@@ -166,6 +184,12 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         scale = quanto.AbsmaxOptimizer()(tensor, qtype=qtype, axis=0)
         made = quanto.quantize_weight(tensor, qtype=qtype, axis=0, scale=scale, optimized=False)
         return made._data, made._scale.reshape(len(tensor), 1)
+
+    def _arithmetic(self, dtype: torch.dtype) -> Arithmetic | None:
+        """What quantizes on CPU instead of quanto, if there is something that gives the same bits."""
+        if dtype not in self._tried:
+            self._tried[dtype] = arithmetic_of(self._qtype().dtype, dtype, self._quantized)
+        return self._tried[dtype]
 
     def _built(self, parameter: Parameter, components: Mapping[str, Tensor]) -> Any:
         """quanto's tensor from its components. It is always the plain one: the others need a compiler."""

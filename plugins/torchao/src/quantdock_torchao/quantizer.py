@@ -21,8 +21,10 @@ from quantdock import (
     TensorSpec,
     UnsupportedError,
     hookimpl,
+    ops,
 )
 from quantdock_torchao import tensors, upstream
+from quantdock_torchao.arithmetic import WORKING_PER_SCALE, Arithmetic, arithmetic_of
 from quantdock_torchao.choice import Choice
 from quantdock_torchao.config import TorchAoConfig
 
@@ -30,6 +32,11 @@ _WORKING = {"Int8Tensor": 8, "IntxUnpackedToInt8Tensor": 8, "Float8Tensor": 13}
 """Bytes per element that torchao allocates on the way at the most, its result not counted; measured."""
 
 _WORKING_PER_SCALE = 32
+
+_PIECE, _PIECE_ON_DEVICE = 1 << 18, 1 << 20
+"""Elements that torchao is given at a time on CPU and elsewhere, if its groups are within rows: each call takes a
+millisecond, and several times their memory, of which malloc keeps the more, the larger they are."""
+
 _PROBE = (1024, 1024 * 945)
 """A shape that any size of a group divides."""
 
@@ -48,6 +55,7 @@ class TorchAoQuantizer(Quantizer[TorchAoConfig]):
         method = config.method()
         self._choice = Choice(method)
         self._made: dict[tuple[object, ...], tensors.Described] = {}
+        self._tried: dict[tuple[object, ...], Arithmetic | None] = {}
         if prequantized:
             return
         if config.include_input_output_embeddings or config.untie_embedding_weights:
@@ -77,16 +85,20 @@ class TorchAoQuantizer(Quantizer[TorchAoConfig]):
         return None if skipped is None else f"modules_to_not_convert={skipped!r}"
 
     def layout(self, parameter: Parameter) -> Layout:
-        made = self._described(parameter)
-        scales = sum(spec.numel for name, spec in made.components.items() if name.endswith("_scale"))
-        per_element = _WORKING[made.kind] + _WORKING_PER_SCALE * scales / parameter.spec.numel
-        slices = None
-        if made.block[0] == 1:
-            # A slice is quantized beside its parts, and then copied to where they belong.
-            copies = -int(-(per_element + 2) // parameter.spec.dtype.itemsize)
-            slices = Slices(dim=0, working_copies=copies)
-        working = int(per_element * parameter.spec.numel)
-        return Layout(components=made.components, working_bytes=working, slices=slices)
+        made, spec = self._described(parameter), parameter.spec
+        scales = sum(part.numel for name, part in made.components.items() if name.endswith("_scale"))
+        per_element = _WORKING[made.kind] + _WORKING_PER_SCALE * scales / spec.numel
+        if made.block[0] != 1:
+            return Layout(components=made.components, working_bytes=int(per_element * spec.numel))
+        # A piece is quantized beside its parts, and then copied to where they belong.
+        piece = min(spec.numel, max(_PIECE_ON_DEVICE, spec.numel // spec.shape[0]))
+        working = max(ops.working_bytes(spec.shape[-1]), int((per_element + 2) * piece))
+        copies = -(-WORKING_PER_SCALE * scales // spec.nbytes)
+        return Layout(
+            components=made.components,
+            working_bytes=working + copies * spec.nbytes,
+            slices=Slices(dim=0, working_bytes=working, working_copies=copies),
+        )
 
     def companions(self) -> Mapping[str, str]:
         parts = ("qdata", "scale", "zero_point", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
@@ -115,11 +127,27 @@ class TorchAoQuantizer(Quantizer[TorchAoConfig]):
     def quantize_param(self, parameter: Parameter, tensor: Tensor) -> Mapping[str, Tensor] | None:
         if parameter.name not in self.parameters:
             return None
-        return tensors.parts_of(parameter.leaf, self._quantized(parameter, tensor))
+        if self._described(parameter).block[0] != 1:
+            return tensors.parts_of(parameter.leaf, self._quantized(parameter, tensor))
+        parts = self.begin_slices(parameter, tensor.device)
+        self.quantize_slice(parameter, tensor, 0, parts)
+        return parts
 
     def quantize_slice(self, parameter: Parameter, tensor: Tensor, start: int, parts: Mapping[str, Tensor]) -> None:
-        for name, part in tensors.parts_of(parameter.leaf, self._quantized(parameter, tensor)).items():
-            parts[name][start : start + len(tensor)] = part
+        mine = {name: part[start : start + len(tensor)] for name, part in parts.items()}
+        made = self._described(parameter)
+        arithmetic = self._arithmetic(parameter, made)
+        if arithmetic is not None and tensor.device.type == "cpu" and tensor.is_contiguous():
+            matrices = {name: part.flatten(0, -2) for name, part in tensors.by_part(parameter.leaf, mine).items()}
+            if arithmetic(tensor.flatten(0, -2), made.block[-1], matrices):
+                return
+        piece = _PIECE if tensor.device.type == "cpu" else _PIECE_ON_DEVICE
+        step = max(1, piece * len(tensor) // tensor.numel())
+        for first in range(0, len(tensor), step):
+            rows = slice(first, first + step)
+            found = tensors.parts_of(parameter.leaf, self._quantized(parameter, tensor[rows]))
+            for name, part in found.items():
+                mine[name][rows].copy_(part)
 
     def install(self, model: nn.Module, parameter: Parameter, components: Mapping[str, Tensor]) -> None:
         found = self.stored.get(parameter.name)
@@ -166,6 +194,21 @@ class TorchAoQuantizer(Quantizer[TorchAoConfig]):
         config, _ = self._choice.of(parameter)
         return _quantize(config, parameter.leaf, tensor, linear=parameter.role == "linear")
 
+    def _arithmetic(self, parameter: Parameter, made: tensors.Described) -> Arithmetic | None:
+        """What quantizes a parameter on CPU instead of torchao, if there is something that gives the same bits."""
+        if any(size != 1 for size in made.block[:-1]):
+            return None
+        config, _ = self._choice.of(parameter)
+        kind = (id(config), made.block[-1], parameter.spec.dtype)
+        if kind not in self._tried:
+
+            def reference(matrix: Tensor) -> Mapping[str, Tensor]:
+                found = _quantize(config, "weight", matrix, linear=True)
+                return tensors.by_part("weight", tensors.parts_of("weight", found))
+
+            self._tried[kind] = arithmetic_of(made.kind, made.block[-1], parameter.spec.dtype, reference)
+        return self._tried[kind]
+
     def _read(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> tensors.Described:
         # transformers describes a tensor under its name in the model, which isn't always that in the file.
         name = self.stored_as.get(parameter.name, parameter.name)
@@ -193,7 +236,10 @@ def _quantize(config: Any, leaf: str, tensor: Tensor, *, linear: bool) -> Any:
         holder = nn.Module()
         holder.register_parameter(leaf, weight)
         quantization.quantize_(holder, quantization.FqnToConfig(OrderedDict({leaf: config})), filter_fn=None)
-    return holder.get_parameter(leaf)
+    made = holder.get_parameter(leaf)
+    # torchao makes the module refer to itself: it lives on until garbage is collected, and shall hold nothing by then.
+    holder.register_parameter(leaf, None)
+    return made
 
 
 def _require_runnable(config: Any) -> None:

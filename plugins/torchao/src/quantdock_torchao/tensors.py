@@ -56,6 +56,11 @@ def parts_of(leaf: str, tensor: Any) -> dict[str, torch.Tensor]:
     return {component(leaf, name): part for name, part in found.items() if part is not None}
 
 
+def by_part(leaf: str, components: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Components under torchao's own names for them."""
+    return {name.removeprefix(component(leaf, "")): part for name, part in components.items()}
+
+
 def describe(tensor: Any) -> str:
     """The description that torchao itself writes."""
     encoder = upstream.module("torchao.prototype.safetensors.safetensors_utils").TensorSubclassAttributeJSONEncoder
@@ -74,7 +79,7 @@ def described(leaf: str, tensor: Any) -> Described:
 def build(leaf: str, description: str, components: Mapping[str, torch.Tensor]) -> Any:
     """torchao's tensor from its components, none of which is copied."""
     data = json.loads(description)
-    data["_data"] |= {name.removeprefix(component(leaf, "")): part for name, part in components.items()}
+    data["_data"] |= by_part(leaf, components)
     return upstream.module("torchao.prototype.safetensors.safetensors_utils").object_from_dict(data)
 
 

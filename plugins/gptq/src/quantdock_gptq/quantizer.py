@@ -97,7 +97,7 @@ class GPTQQuantizer(Quantizer[GPTQConfig]):
                 f"{parameter.name}: desc_act orders inputs by their activations, and there are none when weights are "
                 "rounded while loading; set desc_act to false, or give the config a dataset to calibrate with"
             )
-        working = rounding.working_bytes(outputs, inputs)
+        working = rounding.working_bytes(outputs, inputs, settings)
         components = forms.components(parameter.name, shape, settings, rounding.SCALE_DTYPE, indexed=True)
         if experts is not None:
             slices, components = Slices(working_bytes=working), experts.stacked(parameter.leaf, components)

@@ -22,6 +22,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return words
 
 
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """uint8 ``[streams, codes]`` to int32 ``[words, streams]``; the codes fill whole words."""
+    words = codes.new_empty(codes.shape[1] * bits // 32, len(codes), dtype=torch.int32)
+    ops.pack_words(codes, bits=bits, dim=0, words=words, turn=True)
+    return words
+
+
 def decode_zeros(words: Tensor, bits: int, *, less_one: bool) -> Tensor:
     """``qzeros``, int32 ``[groups, words]``, to uint8 ``[groups, outputs]``.
 

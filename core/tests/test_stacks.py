@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +109,138 @@ def test_modules_compute_with_what_they_hold() -> None:
     assert type(layer) is Layer
     assert [(name, tensor.shape) for name, tensor in layer.named_parameters()][1] == ("weight", plain.shape)
     assert not list(layer.buffers())
+
+
+@dataclass(frozen=True)
+class Floats:
+    """A matrix of 8-bit floats, with a scale for each output."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes.float() * self.scales.float()[:, None]).to(dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.decode(x.dtype))
+
+
+@dataclass(frozen=True)
+class ManyFloats:
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.codes.shape[0], self.codes.shape[1], self.codes.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def matrix(self, index: int) -> Floats:
+        return Floats(self.codes[index], self.scales[index])
+
+
+@dataclass(frozen=True)
+class FloatReading:
+    def matrices(self, tensors: Mapping[str, Tensor]) -> ManyFloats:
+        return ManyFloats(tensors["weight"], tensors["weight_scales"])
+
+
+class Transposed(nn.Module):
+    """Has its matrices the other way round, and what can't be pickled, which it leaves out itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, INPUTS, OUTPUTS))
+        self.activation: Callable[[Tensor], Tensor] | None = lambda x: x + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x @ self.weight[number] for number in (0, 2)]).sum(0)
+
+    def __getstate__(self) -> Any:
+        return super().__getstate__() | {"activation": None}
+
+
+def made_of_floats(
+    codes: torch.dtype = torch.float8_e4m3fn, scales: torch.dtype = torch.float8_e8m0fnu
+) -> tuple[Transposed, Tensor]:
+    """A module that holds 8-bit floats under the parameter's own name, and what they stand for."""
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randn(EXPERTS, OUTPUTS, INPUTS, generator=generator).to(codes)
+    each = torch.randint(-3, 3, (EXPERTS, OUTPUTS), generator=generator).float().exp2().to(scales)
+    layer = Transposed()
+    specs = {"weight": TensorSpec.of(stored), "weight_scales": TensorSpec.of(each)}
+    hold(layer, "weight", specs, FloatReading(), torch.float32, swapped=True)
+    layer._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
+    layer._buffers["weight_scales"] = each
+    return layer, (stored.float() * each.float()[..., None]).mT
+
+
+def test_parameters_that_are_transposes_of_what_is_stored() -> None:
+    layer, plain = made_of_floats()
+    weight: Any = layer.weight
+    assert weight.shape == (EXPERTS, INPUTS, OUTPUTS)
+    assert torch.equal(weight + 0, plain)
+    assert torch.equal(weight.transpose(1, 2)[1] + 0, plain[1].t())
+    x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(layer(x), x @ (plain[0] + plain[2]), rtol=1e-4, atol=1e-4)
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    grouped = torch._grouped_mm(x.bfloat16(), weight, offs=offsets).float()
+    expected = torch.cat([x[:2] @ plain[0], x[2:] @ plain[2]])
+    assert (grouped - expected).norm() < 0.02 * expected.norm()
+    let_go(layer, "weight")
+    assert type(layer) is Transposed
+    assert [(name, tensor.shape, tensor.dtype) for name, tensor in layer.named_parameters()] == [
+        ("weight", plain.shape, torch.float32)
+    ]
+
+
+def pickled(module: Any) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+def converted(module: Any) -> Any:
+    return copy.deepcopy(module).to(torch.float64).to(torch.float32)
+
+
+@pytest.mark.parametrize("action", [copy.copy, copy.deepcopy, pickled, converted])
+@pytest.mark.parametrize(
+    ("codes", "scales"), [(torch.float8_e4m3fn, torch.float8_e8m0fnu), (torch.float8_e5m2, torch.float8_e4m3fn)]
+)
+def test_what_is_held_survives_what_is_done_to_modules(
+    codes: torch.dtype, scales: torch.dtype, action: Callable[[Any], Any]
+) -> None:
+    """Python can't pickle torch's 8-bit floats."""
+    layer, _ = made_of_floats(codes, scales)
+    x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(1))
+    expected = layer(x)
+    other = action(layer)
+    assert other.activation is None  # the class's own say in it
+    assert isinstance(other._parameters["weight"], nn.Parameter)
+    for module in (layer, other):
+        assert type(module) is type(layer)
+        assert [tensor.dtype for tensor in module.state_dict().values()] == [codes, scales]
+        assert torch.equal(module(x), expected)
+
+
+def test_biases_are_added_in_the_dtype_of_the_product() -> None:
+    layer, plain = made_of_floats()
+    weight: Any = layer.weight
+    generator = torch.Generator().manual_seed(1)
+    x, bias = torch.randn(5, INPUTS, generator=generator), torch.randn(OUTPUTS, generator=generator)
+    expected = nn.functional.linear(x, plain[1].t(), bias)
+    found = nn.functional.linear(x, weight.transpose(1, 2)[1], bias)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = nn.functional.linear(x, weight.transpose(1, 2)[1], bias)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def pieces(*places: Any, **fields: Any) -> Assembly:

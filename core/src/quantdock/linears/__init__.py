@@ -44,20 +44,21 @@ Experts that an architecture has in one parameter, ``[experts, outputs, inputs]`
 where checkpoints store them one by one. ``Experts`` says which piece is whose, ``hold`` lets a module keep them as they
 are stored, and what the module's code then finds under the parameter's name is a ``Stack``, which decodes one expert
 when it is indexed or multiplied with. A format says what its tensors mean: a ``Reading`` that makes ``Matrices``,
-``JointMatrices`` for grouped integers.
+``JointMatrices`` for grouped integers. For modules of a format's own, there is ``Bits``.
 """
 
 from __future__ import annotations
 
 from quantdock.linears.affine import Grouping, dequantize_columns, pieces
 from quantdock.linears.experts import Experts, disassemble
-from quantdock.linears.holding import Reading, hold, let_go
+from quantdock.linears.holding import Bits, Reading, hold, let_go
 from quantdock.linears.joint import JointMatrices, JointMatrix
 from quantdock.linears.layer import GroupedLinear
 from quantdock.linears.stack import Matrices, Matrix, Stack, dequantize_all
 from quantdock.linears.weights import Weight, dequantize
 
 __all__ = [
+    "Bits",
     "Experts",
     "GroupedLinear",
     "Grouping",

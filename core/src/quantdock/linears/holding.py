@@ -1,4 +1,4 @@
-"""Modules that keep a parameter ``[experts, outputs, inputs]`` quantized, and their own code.
+"""Modules that keep a parameter ``[experts, outputs, inputs]``, or its transposes, quantized, and their own code.
 
 What the code finds under the parameter's name is a ``Stack``.
 """
@@ -6,7 +6,7 @@ What the code finds under the parameter's name is a ``Stack``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -30,10 +30,66 @@ class Reading(Protocol):
 class _Held:
     names: tuple[str, ...]
     reading: Reading
+    swapped: bool
 
 
-class HoldingModule(nn.Module):
-    """What is added to the class of a module by ``hold``. Conversions to another dtype pass what is stored by."""
+class Bits(nn.Module):
+    """Part of a module that keeps a weight quantized: what is stored is bits to those who convert, copy or pickle it.
+
+    Comes before other base classes.
+    """
+
+    def _names_of_bits(self) -> Iterable[str]:
+        """Of parameters and buffers; some may not be there."""
+        raise NotImplementedError
+
+    def _slot(self, name: str) -> Tensor | None:
+        found = self._parameters.get(name)
+        return self._buffers.get(name) if found is None else found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the module; conversions to another dtype pass what is bits by."""
+        kept = [self._slot(name) for name in self._names_of_bits()]
+
+        def move(tensor: Tensor) -> Tensor:
+            if not any(tensor is part for part in kept):
+                return fn(tensor)
+            return fn(tensor.view(_BITS[tensor.dtype.itemsize])).view(tensor.dtype)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        slots = {kind: state[kind].copy() for kind in ("_parameters", "_buffers")}
+        as_bytes = {}
+        for tensors in slots.values():
+            for name, tensor in tensors.items():
+                if tensor is not None and _is_unpicklable(tensor.dtype):
+                    as_bytes[name] = tensor.dtype
+                    tensors[name] = tensor.detach().view(torch.uint8)
+        return state | slots | {"_as_bytes": as_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = dict(state)
+        as_bytes: dict[str, torch.dtype] = own.pop("_as_bytes")
+        super().__setstate__(own)  # type: ignore[no-untyped-call]
+        for name, dtype in as_bytes.items():
+            plain = self._slot(name)
+            assert plain is not None
+            if name in self._buffers:
+                self._buffers[name] = plain.view(dtype)
+            else:
+                self._parameters[name] = nn.Parameter(plain.view(dtype), requires_grad=False)
+
+
+def _is_unpicklable(dtype: torch.dtype) -> bool:
+    """Whether Python can't pickle torch's storages of it (2.13); bytes it can."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+class HoldingModule(Bits):
+    """What is added to the class of a module by ``hold``."""
 
     _held_plain: type
     _held: dict[str, _Held]
@@ -41,34 +97,30 @@ class HoldingModule(nn.Module):
 
     def _held_stack(self, leaf: str) -> Stack:
         held = self._held[leaf]
-        matrices = held.reading.matrices({name: self._slot(name) for name in held.names})
-        return Stack(matrices, self._held_dtype, matrices.device)
+        found = {name: self._slot(name) for name in held.names}
+        matrices = held.reading.matrices({name: slot.detach() for name, slot in found.items() if slot is not None})
+        return Stack(matrices, self._held_dtype, matrices.device, swapped=held.swapped)
 
-    def _slot(self, name: str) -> Tensor:
-        found = self._buffers.get(name, self._parameters.get(name))
-        assert found is not None
-        return found.detach()
+    def _names_of_bits(self) -> Iterable[str]:
+        return (name for held in self._held.values() for name in held.names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the module. What is stored is bits to ``fn``."""
-        names = [name for held in self._held.values() for name in held.names]
-        kept = {id(tensor) for name in names for tensor in (self._parameters.get(name), self._buffers.get(name))}
-
-        def move(tensor: Tensor) -> Tensor:
-            if id(tensor) not in kept:
-                return fn(tensor)
-            return fn(tensor.view(_BITS[tensor.dtype.itemsize])).view(tensor.dtype)
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._held_dtype = fn(torch.empty(0, dtype=self._held_dtype)).dtype
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _again, (self._held_plain, tuple(self._held)), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _again, (self._held_plain, tuple(self._held)), self.__getstate__()
 
 
 def hold(
-    module: nn.Module, leaf: str, components: Mapping[str, TensorSpec], reading: Reading, dtype: torch.dtype
+    module: nn.Module,
+    leaf: str,
+    components: Mapping[str, TensorSpec],
+    reading: Reading,
+    dtype: torch.dtype,
+    *,
+    swapped: bool = False,
 ) -> None:
     """Let a module keep one of its parameters quantized.
 
@@ -78,6 +130,7 @@ def hold(
         components: the stored tensors. One under the parameter's own name stays a parameter, the others become buffers.
         reading: what is made of them.
         dtype: what the parameter passes for.
+        swapped: whether it is ``[experts, inputs, outputs]``, the transposes of what ``reading`` makes.
     """
     if not isinstance(module, HoldingModule):
         module._held, module._held_dtype = {}, dtype  # type: ignore[assignment]
@@ -90,7 +143,7 @@ def hold(
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             module.register_buffer(name, tensor)
-    held[leaf] = _Held(names=tuple(components), reading=reading)
+    held[leaf] = _Held(names=tuple(components), reading=reading, swapped=swapped)
     module.__class__ = _class(plain, tuple(held))
 
 

@@ -170,7 +170,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, Stack) or not isinstance(weight, Stack) or weight.dim() != 2 or weight.swapped:
         return NotImplemented
     found = weight.times(input)
-    return found if bias is None else found + bias
+    return found if bias is None else found + bias.to(found.dtype)  # which autocast may have chosen
 
 
 def _matmul(input: Any, other: Any) -> Any:

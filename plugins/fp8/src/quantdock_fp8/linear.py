@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantdock import TensorSpec
-from quantdock_fp8.bits import Bits
+from quantdock import TensorSpec, linears
 from quantdock_fp8.weight import Coding, Weight
 
 
-class Fp8Linear(Bits, nn.Linear):
+class Fp8Linear(linears.Bits, nn.Linear):
     """A linear layer whose weight is decoded for each use, a part at a time; activations aren't quantized.
 
     It computes with the weight that ``quantdock.dequantize`` gives: codes times scales in float32, rounded once to the
@@ -40,11 +39,10 @@ class Fp8Linear(Bits, nn.Linear):
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._stored().times(input, self._parameters["bias"])
+        return self._stored().multiply(input, self._parameters["bias"])
 
     def _stored(self) -> Weight:
-        wanted = (self.coding.codes, self.coding.scale, self.coding.factor)
-        found = {name: self._slot(name) for name in wanted if name is not None}
+        found = {name: self._slot(name) for name in self.coding.names}
         return Weight.of({name: tensor for name, tensor in found.items() if tensor is not None}, self.coding)
 
     def __getattr__(self, name: str) -> Any:
@@ -52,8 +50,8 @@ class Fp8Linear(Bits, nn.Linear):
         found: Any = super().__getattr__(name)
         return self._buffers.get(self.coding.codes) if found is None and name == "weight" else found
 
-    def _bits(self) -> list[str]:
-        return ["weight", *self._buffers]
+    def _names_of_bits(self) -> Iterable[str]:
+        return "weight", *self._buffers
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block={list(self.coding.tiling.block)}"

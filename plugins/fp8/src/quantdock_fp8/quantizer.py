@@ -22,16 +22,17 @@ from quantdock import (
     TensorSpec,
     UnsupportedError,
     hookimpl,
+    linears,
     ops,
 )
-from quantdock_fp8 import codes, experts
+from quantdock_fp8 import codes
 from quantdock_fp8.config import FbgemmFp8Config, FloatConfig, Fp8Config, Mxfp8Config
 from quantdock_fp8.linear import Fp8Linear
 from quantdock_fp8.modelopt_config import ModelOptConfig
 from quantdock_fp8.pieces import assemble, disassemble, parts_of
 from quantdock_fp8.scheme import STACKED_LEAVES, Scheme, component_of
 from quantdock_fp8.tiling import Block
-from quantdock_fp8.weight import Coding, Weight
+from quantdock_fp8.weight import Coding, Weight, Weights
 
 _DEVICES = ("cpu", "cuda", "xpu")
 _LINEAR = ("linear", "linear-transposed")
@@ -158,7 +159,8 @@ class FloatQuantizer(Quantizer[ConfigT]):
             components = self.layout_of(parameter).components
             coding = self._coding(parameter, components)
             if len(parameter.spec.shape) == 3:
-                experts.hold(old, parameter.leaf, components, coding, parameter.spec.dtype)
+                leaf, dtype = parameter.leaf, parameter.spec.dtype
+                linears.hold(old, leaf, components, coding, dtype, swapped=coding.swapped)
             else:
                 assert isinstance(old, nn.Linear)
                 swapped[old] = Fp8Linear(old, components, coding)
@@ -196,15 +198,17 @@ class FloatQuantizer(Quantizer[ConfigT]):
 
     def dequantize(self, components: Mapping[str, Tensor], parameter: Parameter) -> Tensor:
         coding = self._coding(parameter, {name: TensorSpec.of(tensor) for name, tensor in components.items()})
-        stored, spec = Weight.of(components, coding), parameter.spec
-        out = torch.empty(spec.shape, dtype=spec.dtype, device=stored.codes.device)
+        spec, device = parameter.spec, components[coding.codes].device
+        stored: Weight | Weights
+        stored = coding.matrices(components) if len(spec.shape) == 3 else Weight.of(components, coding)
+        out = torch.empty(spec.shape, dtype=spec.dtype, device=device)
         stored.decode_into(out.mT if coding.swapped else out)
         return out
 
     def restore_module(self, module: nn.Module, parameter: Parameter) -> nn.Module:
         if len(parameter.spec.shape) == 2:
             return super().restore_module(module, parameter)
-        experts.let_go(module, parameter.leaf)
+        linears.let_go(module, parameter.leaf)
         return module
 
     def _parts(self, parameter: Parameter) -> int:

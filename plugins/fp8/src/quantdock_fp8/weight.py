@@ -1,9 +1,9 @@
-"""A stored weight: the tensors that make it up, and how they are decoded."""
+"""Stored weights: the tensors that make them up, and how they are decoded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from quantdock_fp8 import codes
 from quantdock_fp8.multiplying import multiply
-from quantdock_fp8.tiling import Shape, Tiling, as_grid
+from quantdock_fp8.tiling import Block, Tiling, as_grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coding:
-    """Which component of a weight is what, and how they are decoded."""
+    """Which component of a weight is what, and how they are decoded; of experts, a ``quantdock.linears.Reading``."""
 
     codes: str
     """The component with the codes: float8_e4m3fn, or uint8 with two codes of four bits in each byte."""
@@ -33,13 +33,22 @@ class Coding:
     swapped: bool = False
     """Whether the parameter is the transpose of what is stored."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the components that are decoded; there may be more, which are only kept."""
+        return (self.codes, self.scale) if self.factor is None else (self.codes, self.scale, self.factor)
+
+    def matrices(self, tensors: Mapping[str, Tensor]) -> Weights:
+        """Those of experts."""
+        return Weights(tensors=tensors, coding=self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """The tensors of a matrix, or of one per expert, as they are stored."""
+    """The tensors of a matrix as they are stored: a ``quantdock.linears.Matrix``."""
 
     codes: Tensor
-    """``[..., rows, columns]``, or ``[..., rows, columns / 2]`` with two in a byte."""
+    """``[rows, columns]``, or ``[rows, columns / 2]`` with two in a byte."""
     scale: Tensor
     factor: Tensor | None
     coding: Coding
@@ -56,17 +65,13 @@ class Weight:
         )
 
     @property
-    def shape(self) -> Shape:
-        """``[..., rows, columns]``."""
-        return codes.shape_of(self.codes)
-
-    def expert(self, index: int) -> Weight:
-        """The matrix of one expert."""
-        factor = None if self.factor is None else self.factor[index]
-        return replace(self, codes=self.codes[index], scale=self.scale[index], factor=factor)
+    def shape(self) -> Block:
+        """``[rows, columns]``."""
+        rows, columns = codes.shape_of(self.codes)
+        return rows, columns
 
     def scales(self) -> Tensor:
-        """What the codes of a matrix are multiplied with: ``float32 [blocks down, blocks across]``."""
+        """What the codes are multiplied with: ``float32 [blocks down, blocks across]``."""
         down, across = self.coding.tiling.grid(self.shape)
         found = as_grid(self.scale, down, across)
         if self.factor is None:
@@ -77,28 +82,51 @@ class Weight:
         return found / each if self.coding.divides else found * each
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """Codes times scales in float32, rounded once to float32, bfloat16 or float16; ``[..., rows, columns]``."""
+        """Codes times scales in float32, rounded once to float32, bfloat16 or float16; ``[rows, columns]``."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         self.decode_into(out)
         return out
 
     def decode_into(self, out: Tensor) -> None:
         """Write what ``decode`` returns into ``out``, which may have any strides if codes are of four bits."""
-        if self.codes.dim() > 2:
-            for index, target in enumerate(out):
-                self.expert(index).decode_into(target)
-            return
         scales = self.scales()
         for rows, down in self.coding.tiling.ranges(len(out)):
             codes.decode(self.codes[rows], scales[down], self.coding.tiling.block, out[rows])
 
-    def times(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``nn.functional.linear`` with a matrix, in the dtype of the input or of autocast."""
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``nn.functional.linear``, in the dtype of the input or of autocast."""
         scales = self.scales()
         found = [
-            multiply(
-                input, self.codes[rows], scales[down], self.coding.tiling.block, None if bias is None else bias[rows]
-            )
+            multiply(x, self.codes[rows], scales[down], self.coding.tiling.block, None if bias is None else bias[rows])
             for rows, down in self.coding.tiling.ranges(len(self.codes))
         ]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The tensors of one matrix per expert as they are stored: ``quantdock.linears.Matrices``."""
+
+    tensors: Mapping[str, Tensor]
+    """By the names of components; each has the experts in its first dimension."""
+    coding: Coding
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``[experts, rows, columns]``."""
+        stored = self.tensors[self.coding.codes]
+        experts, rows, columns = codes.shape_of(stored.flatten(-2) if self.coding.in_blocks else stored)
+        return experts, rows, columns
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[self.coding.codes].device
+
+    def matrix(self, index: int) -> Weight:
+        """That of one expert."""
+        return Weight.of({name: self.tensors[name][index] for name in self.coding.names}, self.coding)
+
+    def decode_into(self, out: Tensor) -> None:
+        """Write what all of them stand for, as ``Weight.decode_into`` does."""
+        for index, target in enumerate(out):
+            self.matrix(index).decode_into(target)

@@ -14,7 +14,7 @@ from quantdock_gptq.config import Settings
 SCALE_DTYPE = torch.float16
 """What GPTQ checkpoints have, whatever the model's dtype is."""
 
-_STEP = 1 << 20  # weights at a time, so that the temporaries stay small
+_STEP = 1 << 19  # weights at a time, so that the temporaries stay small
 _PER_WEIGHT = 6  # bytes of a step: itself in float32 where it isn't stored as ops read it, its code, and words of these
 _PER_GROUP = 24  # its extremes, and its scale and zero point in several dtypes
 _READ = (torch.float32, torch.bfloat16, torch.float16)

@@ -76,6 +76,8 @@ def holds(outcome: CalibrationOutcome) -> bool:
 
 def _verdict(case: str, outcome: CalibrationOutcome) -> str:
     words = "holds" if holds(outcome) else "DOES NOT HOLD"
+    if in_blocks(outcome) < 0:  # what was declared wasn't needed, and could hide a block
+        words += " (says little)"
     return (
         f"{case}: {words}: at most {BLOCKS} blocks in full precision ({in_blocks(outcome):.2f}), the peak "
         f"({outcome.growth} bytes) within the plan's bound ({outcome.peak_nbytes}), the model as planned "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ import torch
 
 from quantdock.errors import QuantdockError
 from quantdock.ledger import Ledger
-from quantdock.linears import GroupedLinear
 from quantdock.tables import format_bytes, format_table, grouped, groups_table
 
 if TYPE_CHECKING:
@@ -143,9 +143,12 @@ def report(model: torch.nn.Module) -> Report:
 
 
 def _paths(model: torch.nn.Module) -> dict[str, str]:
+    linears = sys.modules.get("quantdock.linears")
+    if linears is None:  # nobody has made such a module, and a load that needs none doesn't import it
+        return {}
     result = {}
     for name, module in model.named_modules():
-        if isinstance(module, GroupedLinear):
+        if isinstance(module, linears.GroupedLinear):
             dtypes: dict[str, list[str]] = {}
             for dtype, path in module.paths().items():
                 dtypes.setdefault(path, []).append(dtype)

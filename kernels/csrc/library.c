@@ -14,7 +14,7 @@ const char *qd_instruction_sets(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2"))
-        return "avx512 avx2 baseline";
+        return __builtin_cpu_supports("avx512vnni") ? "avx512_vnni avx512 avx2 baseline" : "avx512 avx2 baseline";
     /* Whatever has AVX2 has F16C. */
     if (__builtin_cpu_supports("avx2"))
         return "avx2 baseline";

@@ -13,6 +13,7 @@ from quantdock_kernels.blockwise import quantize_4bit, quantize_8bit
 from quantdock_kernels.casts import cast
 from quantdock_kernels.fp8 import decode_fp8, encode_fp8
 from quantdock_kernels.groups import group_extremes, group_magnitudes
+from quantdock_kernels.products import WordMatrix
 from quantdock_kernels.rows import quantize_rows_int8
 from quantdock_kernels.words import pack_words, unpack_words
 
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ABI",
+    "WordMatrix",
     "cast",
     "decode_fp8",
     "encode_fp8",

@@ -16,9 +16,9 @@ import sys
 import torch
 
 ROWS: dict[str, dict[str, int]] = {
-    "AMX": {"int4pack": 24, "int8pack": 16},
-    "AVX512_BF16": {"int4pack": 256, "int8pack": 128},
-    "": {"int4pack": sys.maxsize, "int8pack": sys.maxsize},
+    "AMX": {"words": 64, "int4pack": 24, "int8pack": 16},
+    "AVX512_BF16": {"words": 128, "int4pack": 256, "int8pack": 128},
+    "": {"words": sys.maxsize, "int4pack": sys.maxsize, "int8pack": sys.maxsize},
 }
 """What the CPU multiplies bfloat16 with (``""`` for nothing) -> path -> most rows."""
 

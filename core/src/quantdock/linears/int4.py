@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ _BLOCK = 64  # outputs that the kernel packs on their own, whatever the instruct
 class Int4Form:
     """A weight in the kernel's form. It depends on the CPU, so it stays in this process."""
 
+    rounds: ClassVar[bool] = True
     packed: Tensor
     """uint8 ``[outputs, inputs / 2]``, in the kernel's order."""
     scales: Tensor
@@ -48,13 +50,13 @@ class Int4Form:
         """The activations in the order of the packed inputs."""
         return x.contiguous() if self.order is None else x.index_select(1, self.order)
 
-    def columns(self, part: slice) -> Tensor:
-        """Some outputs of the weight, ``[inputs, n]`` in bfloat16; the inputs in the order that they are packed in."""
+    def columns(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Some outputs of the weight, ``[inputs, n]`` in ``dtype``; the inputs in the order that they are packed in."""
         codes = _unpack(self.packed[part])
         grouped = codes.view(len(self.scales), self.size, codes.shape[1])
         # The differences are exact as bytes, which torch subtracts several times faster than bfloat16.
         differences = grouped.sub_(self.zeros[:, None, part]).view(torch.int8)
-        return differences.to(torch.bfloat16).mul_(self.scales[:, None, part]).view(codes.shape)
+        return differences.to(dtype).mul_(self.scales[:, None, part]).view(codes.shape)
 
     def codes(self, part: slice) -> Tensor:
         """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them; ``part`` starts at a multiple of
@@ -65,17 +67,17 @@ class Int4Form:
 
 def fits(weight: Weight) -> bool:
     """Whether the kernel can read a weight."""
-    grouped = _grouped(weight)
-    if weight.bits > 4 or grouped is None or weight.outputs % 16 or not weight.outputs:
+    found = grouped(weight)
+    if weight.bits > 4 or found is None or weight.outputs % 16 or not weight.outputs:
         return False
-    return any(grouped[0] % known == 0 for known in _GROUPS) and weight.inputs % grouped[0] == 0
+    return any(found[0] % known == 0 for known in _GROUPS) and weight.inputs % found[0] == 0
 
 
 def make(weight: Weight) -> Int4Form:
     """The kernel's form of a weight that fits."""
-    grouped = _grouped(weight)
-    assert grouped is not None
-    size, order = grouped
+    found = grouped(weight)
+    assert found is not None
+    size, order = found
     kernel_size = next(known for known in _GROUPS if size % known == 0)
     shift = 8 - 2 ** (weight.bits - 1)
     packed = torch.empty(weight.outputs, weight.inputs // 2, dtype=torch.uint8, device="cpu")
@@ -99,7 +101,7 @@ def make(weight: Weight) -> Int4Form:
     )
 
 
-def _grouped(weight: Weight) -> tuple[int, Tensor | None] | None:
+def grouped(weight: Weight) -> tuple[int, Tensor | None] | None:
     """Inputs per group, and the order that puts the inputs of a group side by side, if all groups are alike."""
     grouping = weight.grouping()
     if isinstance(grouping, int):

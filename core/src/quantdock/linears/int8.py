@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ _INPUTS = 16  # the kernel takes a multiple of these; of other counts it makes n
 class Int8Form:
     """A weight in the kernel's form."""
 
+    rounds: ClassVar[bool] = True
     signed: Tensor
     """int8 ``[outputs, inputs]``: the codes less 128."""
     scales: Tensor
@@ -38,9 +40,9 @@ class Int8Form:
         """The activations as they are."""
         return x
 
-    def columns(self, part: slice) -> Tensor:
-        """Some outputs of the weight, ``[inputs, n]`` in bfloat16."""
-        return self.signed[part].to(torch.bfloat16).mul_(self.scales[part, None]).t()
+    def columns(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Some outputs of the weight, ``[inputs, n]`` in ``dtype``."""
+        return self.signed[part].to(dtype).mul_(self.scales[part, None]).t()
 
     def codes(self, part: slice) -> Tensor:
         """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them."""

@@ -9,17 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantdock.linears import int4, int8
+from quantdock.linears import int4, int8, words
 from quantdock.linears.affine import dequantize_columns, multiply_columns
-from quantdock.linears.int4 import Int4Form
-from quantdock.linears.int8 import Int8Form
-from quantdock.linears.weights import Weight, dequantize
+from quantdock.linears.weights import Form, Weight, dequantize
 
-_MAKERS = {"int4pack": int4, "int8pack": int8}
+_MAKERS = {"words": words, "int4pack": int4, "int8pack": int8}
+"""Path -> what makes its form; the first that fits a weight is taken."""
+_EXACT = ("words",)
+"""Those of them whose forms round nothing."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ROUNDED = (torch.bfloat16, torch.float16)
-"""Dtypes of activations that the kernels take unless told otherwise. float16 keeps 3 bits more than bfloat16; without
-that rounding, a token takes 20 times as long."""
+"""Dtypes of activations that torch's kernels take unless told otherwise. float16 keeps 3 bits more than bfloat16;
+without that rounding, a token takes 20 times as long on these paths."""
 
 
 class GroupedLinear(nn.Module, ABC):
@@ -32,7 +33,7 @@ class GroupedLinear(nn.Module, ABC):
         in_features, out_features: as of ``nn.Linear``.
         bias: ``[out]``, or ``None``.
         compute_dtype: what activations are cast to; ``None`` leaves them as they come, except that a kernel takes
-            float16 as bfloat16.
+            float16 as bfloat16 where it computes in that.
     """
 
     code_buffers: ClassVar[tuple[str, ...]]
@@ -50,7 +51,7 @@ class GroupedLinear(nn.Module, ABC):
         self.in_features, self.out_features = in_features, out_features
         self.bias = bias
         self.compute_dtype = compute_dtype
-        self._form: Int4Form | Int8Form | None = None
+        self._form: Form | None = None
         self._kernel: str | None = None
 
     # What a format says ---------------------------------------------------------------------------------------------
@@ -66,13 +67,13 @@ class GroupedLinear(nn.Module, ABC):
     # What users see -------------------------------------------------------------------------------------------------
 
     def path(self, dtype: torch.dtype) -> str:
-        """How activations of ``dtype`` are multiplied in evaluation: ``int4pack``, ``int8pack`` or ``columns``."""
-        device = next(self.buffers()).device.type
-        if device != "cpu" or not self._may_round(dtype):
+        """How activations of ``dtype`` are multiplied in evaluation: ``words``, ``int4pack``, ``int8pack`` or
+        ``columns``."""
+        if next(self.buffers()).device.type != "cpu":
             return "columns"
         if self._kernel is None:
             self._kernel = _choose(self.stored_weight())
-        return self._kernel
+        return self._kernel if self._takes(dtype, rounds=self._kernel not in _EXACT) else "columns"
 
     def paths(self) -> dict[str, str]:
         """What ``path`` says for each dtype that models are in."""
@@ -88,7 +89,7 @@ class GroupedLinear(nn.Module, ABC):
         # A small layer's kernel takes 10 us, and so would ten calls of torch that change nothing.
         form = self._form_for(x.dtype)
         rows = x.reshape(-1, self.in_features)
-        dtype = self.compute_dtype or x.dtype if form is None else torch.bfloat16
+        dtype = torch.bfloat16 if form is not None and form.rounds else self.compute_dtype or x.dtype
         if rows.dtype != dtype:
             rows = rows.to(dtype)
         if form is None:
@@ -96,7 +97,8 @@ class GroupedLinear(nn.Module, ABC):
         elif 0 < rows.shape[0] <= form.most_rows and not (rows.requires_grad and torch.is_grad_enabled()):
             result = form.multiply(rows)
         else:
-            result = multiply_columns(form.arranged(rows), form.columns, self.out_features)
+            columns = form.columns
+            result = multiply_columns(form.arranged(rows), lambda part: columns(part, dtype), self.out_features)
         if self.bias is not None:
             result = result + self.bias.to(dtype)
         if x.dim() != 2:
@@ -108,22 +110,24 @@ class GroupedLinear(nn.Module, ABC):
 
     # The kernel's form ----------------------------------------------------------------------------------------------
 
-    def _may_round(self, dtype: torch.dtype) -> bool:
-        """Whether activations of ``dtype`` may be multiplied in bfloat16."""
+    def _takes(self, dtype: torch.dtype, *, rounds: bool) -> bool:
+        """Whether a kernel may multiply activations of ``dtype``; it ``rounds`` them to bfloat16 or doesn't."""
         wanted = self.compute_dtype
+        if not rounds:
+            return (wanted or dtype) in _DTYPES
         return dtype in _ROUNDED if wanted is None else wanted == torch.bfloat16
 
-    def _form_for(self, dtype: torch.dtype) -> Int4Form | Int8Form | None:
+    def _form_for(self, dtype: torch.dtype) -> Form | None:
         """The kernel's form for activations of ``dtype``, made if need be; ``None`` for the path ``columns``."""
-        if self.training:
+        if self.training or torch.compiler.is_compiling():  # which sees plain tensors, and makes its own kernels
             return None
         if self._form is not None:  # first, since what follows takes as long as the kernel does for a small layer
-            return self._form if self._may_round(dtype) else None
+            return self._form if self._takes(dtype, rounds=self._form.rounds) else None
         maker = _MAKERS.get(self.path(dtype))
         if maker is None:
             return None
         weight = self.stored_weight()  # before looking for a form: another thread may be putting one in its place
-        form: Int4Form | Int8Form | None = self._form
+        form: Form | None = self._form
         if form is None:
             # Outside of inference mode, or what is made of it would be unfit for training later.
             with torch.inference_mode(False), torch.no_grad():

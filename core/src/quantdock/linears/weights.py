@@ -36,6 +36,31 @@ class Weight(Protocol):
         """Inputs per group, or the group of each input as int64 ``[inputs]``."""
 
 
+class Form(Protocol):
+    """A weight as a kernel reads it. It stays in this process, where it takes the place of the stored codes."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations and scales are rounded to bfloat16, in which the kernel computes."""
+
+    @property
+    def most_rows(self) -> int:
+        """Of activations, for which the kernel is faster than dequantizing."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``[rows, inputs]`` to ``[rows, outputs]``, for few rows."""
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """The activations in the order of ``columns``."""
+
+    def columns(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Some outputs of the weight: ``[inputs, n]`` in ``dtype``, inputs in the order of the form; ``part`` starts at
+        a multiple of 64."""
+
+    def codes(self, part: slice) -> Tensor:
+        """What ``Weight.codes`` gave; ``part`` starts at a multiple of 64."""
+
+
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """What a weight stands for: ``scale * (code - zero)``, rounded once to ``dtype``.
 

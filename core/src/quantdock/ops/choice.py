@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 VARIABLE = "QUANTDOCK_KERNELS"
 
 _PACKAGE = "quantdock-kernels"
-_ABI = 3
+_ABI = 4
 """Which compiled functions this version calls, and how; see ``quantdock_kernels.ABI``."""
 
 
@@ -35,7 +35,16 @@ def compiled(tensor: Tensor) -> ModuleType | None:
     Raises:
         ConfigError: ``QUANTDOCK_KERNELS`` names an instruction set that isn't there.
     """
-    return _choice()[0] if tensor.device.type == "cpu" else None
+    return kernels() if tensor.device.type == "cpu" else None
+
+
+def kernels() -> ModuleType | None:
+    """The module ``quantdock_kernels`` if it is to be used, on tensors in CPU memory.
+
+    Raises:
+        ConfigError: ``QUANTDOCK_KERNELS`` names an instruction set that isn't there.
+    """
+    return _choice()[0]
 
 
 @functools.cache
@@ -43,16 +52,16 @@ def _choice() -> tuple[ModuleType | None, str]:
     if os.environ.get(VARIABLE) == "off":
         return None, f"torch ({VARIABLE} is 'off')"
     try:
-        kernels = importlib.import_module("quantdock_kernels")
+        found = importlib.import_module("quantdock_kernels")
     except ModuleNotFoundError as error:
         if error.name == "quantdock_kernels":
             return None, f"torch ({_PACKAGE} is not installed)"
         return None, f"torch ({_PACKAGE} can't be imported: {error})"
     except ImportError as error:
         return None, f"torch ({error})"
-    if kernels.ABI != _ABI:
-        return None, f"torch ({_PACKAGE} {kernels.__version__} has ABI {kernels.ABI}, this quantdock needs {_ABI})"
+    if found.ABI != _ABI:
+        return None, f"torch ({_PACKAGE} {found.__version__} has ABI {found.ABI}, this quantdock needs {_ABI})"
     try:
-        return kernels, f"{_PACKAGE} {kernels.__version__} ({kernels.instruction_set()})"
+        return found, f"{_PACKAGE} {found.__version__} ({found.instruction_set()})"
     except ValueError as error:
         raise ConfigError(str(error)) from error

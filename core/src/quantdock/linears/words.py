@@ -1,0 +1,116 @@
+"""Codes in the words that the compiled kernels of quantdock-kernels read: made, multiplied with, and turned back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantdock.linears.affine import pieces
+from quantdock.linears.crossover import most_rows
+from quantdock.linears.int4 import grouped
+from quantdock.linears.weights import Weight
+from quantdock.ops.choice import kernels
+
+_BLOCK = 64  # outputs whose words lie together
+_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # of a code -> that it takes in a word
+_SCALES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class WordsForm:
+    """A weight as ``quantdock_kernels.WordMatrix`` has it. It is as exact as the stored one, for activations of any
+    dtype.
+
+    Args:
+        weight: one that fits.
+    """
+
+    rounds = False
+
+    def __init__(self, weight: Weight) -> None:
+        found, compiled = grouped(weight), kernels()
+        assert found is not None
+        assert compiled is not None
+        size, self._order = found
+        self._bits, self._inputs, self._outputs = _BITS[weight.bits], weight.inputs, weight.outputs
+        self._words = torch.empty(self._row * weight.outputs, dtype=torch.int32, device="cpu")
+        for part in pieces(weight.outputs, weight.inputs):
+            codes = weight.codes(part)
+            self._write(part.start, codes if self._order is None else codes.index_select(0, self._order))
+        every = slice(0, weight.outputs)
+        self._matrix = compiled.WordMatrix(
+            self._words,
+            weight.scales(every).contiguous(),
+            weight.zeros(every).contiguous(),
+            bits=self._bits,
+            inputs=weight.inputs,
+            group=size,
+        )
+        self.most_rows = most_rows("words")
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``[rows, inputs]`` to ``[rows, outputs]`` in the same dtype, for few rows."""
+        result: Tensor = self._matrix.multiply(self.arranged(x))
+        return result
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """The activations in the order of the packed inputs."""
+        return x.contiguous() if self._order is None else x.index_select(1, self._order)
+
+    def columns(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Some outputs of the weight, ``[inputs, n]`` in ``dtype``; the inputs in the order that they are packed in."""
+        result: Tensor = self._matrix.decode(part, dtype)
+        return result
+
+    def codes(self, part: slice) -> Tensor:
+        """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them; ``part`` starts at a multiple of
+        64."""
+        first, stop, _ = part.indices(self._outputs)
+        codes = torch.empty(self._inputs, stop - first, dtype=torch.uint8, device="cpu")
+        for start in range(first, stop, _BLOCK):
+            codes[:, start - first : start - first + _BLOCK] = self._read(start)[:, : stop - start]
+        return codes if self._order is None else torch.empty_like(codes).index_copy_(0, self._order, codes)
+
+    @property
+    def _row(self) -> int:
+        """Words of an output."""
+        return self._inputs * self._bits // 32
+
+    def _write(self, start: int, codes: Tensor) -> None:
+        """Pack ``[inputs, n]`` as the outputs from ``start`` on, which begins a block."""
+        whole = codes.shape[1] // _BLOCK * _BLOCK
+        for part in (slice(0, whole), slice(whole, codes.shape[1])):
+            own = codes[:, part]
+            if not own.shape[1]:
+                continue
+            width = min(_BLOCK, own.shape[1])
+            places = own.reshape(self._row, 8 // self._bits, 4, -1, width)
+            packed = places[:, 0].clone()
+            for place in range(1, 8 // self._bits):
+                packed |= places[:, place] << place * self._bits
+            into = self._words[(start + part.start) * self._row :][: own.shape[1] * self._row]
+            into.view(torch.uint8).view(-1, self._row, width, 4).copy_(packed.permute(2, 0, 3, 1))
+
+    def _read(self, start: int) -> Tensor:
+        """The codes of a block, ``[inputs, its outputs]``."""
+        width = min(_BLOCK, self._outputs - start)
+        stored = self._words[start * self._row : (start + width) * self._row].view(torch.uint8)
+        packed = stored.view(self._row, 1, width, 4).transpose(2, 3)
+        shifts = torch.arange(0, 8, self._bits, dtype=torch.uint8, device="cpu").view(1, -1, 1, 1)
+        codes: Tensor = packed >> shifts & (1 << self._bits) - 1
+        return codes.reshape(self._inputs, width)
+
+
+def fits(weight: Weight) -> bool:
+    """Whether the compiled kernels are there, fast on this CPU, and can read a weight."""
+    compiled = kernels()
+    if compiled is None or not compiled.WordMatrix.is_fast() or weight.bits not in _BITS:
+        return False
+    found, codes = grouped(weight), 32 // _BITS[weight.bits]
+    if found is None or not weight.outputs or not weight.inputs or weight.inputs % codes:
+        return False
+    return (found[0] % codes == 0 or found[0] >= weight.inputs) and weight.scales(slice(0, 1)).dtype in _SCALES
+
+
+def make(weight: Weight) -> WordsForm:
+    """The kernels' form of a weight that fits."""
+    return WordsForm(weight)

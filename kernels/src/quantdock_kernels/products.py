@@ -1,0 +1,178 @@
+"""Products with integer codes, and their full precision."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantdock_kernels._arguments import FLOATS, check, check_floats, check_positive
+from quantdock_kernels._library import function, instruction_set
+
+BITS = (2, 4, 8)
+"""Of codes that products can be made with; each is a part of a byte."""
+BLOCK = 64
+"""Outputs whose words lie together."""
+_STEP = 128  # inputs that have a power of two of their own, at most
+_DIGITS = 3
+_STEP_BYTES = 4 + 4 * _DIGITS
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("words", c_void_p),
+        ("scales", c_void_p),
+        ("zeros", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("group", c_int64),
+        ("bits", c_int),
+        ("scales_dtype", c_int),
+    )
+
+
+class WordMatrix:
+    """A matrix ``scale * (code - zero)``, ready for products with a few rows of activations.
+
+    Outputs come in blocks of 64, the last of which may have fewer. A block is ``[inputs / (32 / bits), its outputs]``
+    words of 32 bits, and a word has the codes of consecutive inputs of an output: byte ``i`` has the codes ``i``,
+    ``i + 4``, and so on, the first of them in its lowest bits.
+
+    Args:
+        words: int32 ``[inputs * outputs * bits / 32]``, one block after the other; contiguous.
+        scales: float32, bfloat16 or float16 ``[groups, outputs]``; contiguous.
+        zeros: uint8 ``[groups, outputs]``; contiguous.
+        bits: 2, 4 or 8.
+        inputs: a multiple of the codes in a word.
+        group: inputs that share their parameters; a multiple of the codes in a word, or at least ``inputs``. The last
+            group may be smaller.
+
+    Raises:
+        TypeError, ValueError: an argument isn't as described.
+    """
+
+    def __init__(self, words: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, inputs: int, group: int) -> None:
+        if bits not in BITS:
+            raise ValueError(f"bits is {bits}, expected {' or '.join(map(str, BITS))}")
+        check_positive("group", group)
+        codes = 32 // bits
+        if inputs % codes or (group % codes and group < inputs):
+            raise ValueError(f"inputs and group are {inputs} and {group}, expected multiples of {codes}")
+        scales_dtype = check_floats("scales", scales, 2)
+        self.inputs, self.outputs, self.group = inputs, scales.shape[1], min(group, max(1, inputs))
+        shape = (-(-inputs // self.group), self.outputs)
+        self._kept = words, scales, zeros
+        self._steps = sum(-(-min(self.group, inputs - k) // _STEP) for k in range(0, inputs, self.group))
+        self._matrix = _Matrix(
+            check("words", words, torch.int32, inputs // codes * self.outputs),
+            check("scales", scales, scales.dtype, *shape),
+            check("zeros", zeros, torch.uint8, *shape),
+            inputs,
+            self.outputs,
+            self.group,
+            bits,
+            scales_dtype,
+        )
+
+    @staticmethod
+    def is_fast() -> bool:
+        """Whether products are made for this processor's vectors (``instruction_set()``), and in torch's threads."""
+        return instruction_set() != "baseline" and parallel() is not None
+
+    def multiply(self, x: Tensor, *, instruction_set: str | None = None) -> Tensor:
+        """The products of each row, in as many threads as torch uses.
+
+        Activations keep at least 21 bits below the largest of up to 128 neighbours, so a result is about as exact as a
+        sum in float32. A row with an infinite activation or a NaN becomes NaN.
+
+        Args:
+            x: float32, bfloat16 or float16 ``[rows, inputs]``, contiguous.
+            instruction_set: one of ``instruction_sets()``, instead of ``instruction_set()``; none changes a bit.
+
+        Returns:
+            ``[rows, outputs]`` in the dtype of ``x``, rounded once.
+
+        Raises:
+            TypeError, ValueError: ``x`` isn't as described.
+        """
+        dtype = FLOATS.get(x.dtype, -1)
+        if dtype < 0 or x.dim() != 2 or x.shape[1] != self.inputs or not x.is_contiguous() or not _plain(x):
+            check_floats("x", x, 2)
+            check("x", x, x.dtype, x.shape[0], self.inputs)
+        rows = x.shape[0]
+        y = torch.empty(rows, self.outputs, dtype=x.dtype, device="cpu")
+        size = rows * self._steps * _STEP_BYTES
+        scratch = torch.empty(size + rows * self.inputs * _DIGITS, dtype=torch.uint8, device="cpu")
+        call = function("multiply_words", instruction_set, *_MULTIPLY)
+        address = scratch.data_ptr()
+        call(
+            ctypes.addressof(self._matrix),
+            x.data_ptr(),
+            dtype,
+            rows,
+            address + size,
+            address,
+            y.data_ptr(),
+            parallel(),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def decode(self, part: slice, dtype: torch.dtype, *, instruction_set: str | None = None) -> Tensor:
+        """Some outputs in full precision, each element rounded once.
+
+        Args:
+            part: the outputs; starts at a multiple of 64.
+            dtype: float32, bfloat16 or float16.
+            instruction_set: as of ``multiply``.
+
+        Returns:
+            ``[inputs, n]`` in ``dtype``.
+
+        Raises:
+            ValueError: the outputs don't start there, or the dtype is another one.
+        """
+        first, stop, step = part.indices(self.outputs)
+        if first % BLOCK or step != 1 or dtype not in FLOATS:
+            raise ValueError(
+                f"part and dtype are {part} and {dtype}, expected a start at a multiple of {BLOCK}, and one of "
+                f"{', '.join(map(str, FLOATS))}"
+            )
+        count = max(0, stop - first)
+        values = torch.empty(self.inputs, count, dtype=dtype, device="cpu")
+        call = function("decode_words", instruction_set, *_DECODE)
+        call(
+            ctypes.addressof(self._matrix),
+            first,
+            count,
+            FLOATS[dtype],
+            values.data_ptr(),
+            parallel(),
+            torch.get_num_threads(),
+        )
+        return values
+
+
+_MULTIPLY = (c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int)
+_DECODE = (c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int)
+
+
+def _plain(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg()
+
+
+@functools.cache
+def parallel() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP runtime that torch has loaded, if it is one that has it.
+
+    Threads of a second runtime would compete for the processor with torch's, which wait for work by running.
+    """
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError):
+        return None

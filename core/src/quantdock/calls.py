@@ -62,8 +62,9 @@ def load(
 
     Args:
         source: a folder, a weight file, or a repository on the Hub (``ORG/NAME``).
-        quantize: a preset's name, a config object, a transformers quantization config, an object as in
-            ``config.json``, or an ordered mapping of patterns to any of these or ``None`` (the first match decides).
+        quantize: a preset's name, a config object, a transformers quantization config, a config object of another
+            library that a plugin claims, an object as in ``config.json``, or an ordered mapping of patterns to any of
+            these or ``None`` (the first match decides).
             For a checkpoint that is quantized already: only overrides of run-time attributes.
         dtype: of what stays in full precision; ``"auto"`` follows the config, then the checkpoint.
         device_map: a device, ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``, or a mapping of

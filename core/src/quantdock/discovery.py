@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 QUANTIZERS = "quantdock.quantizers"
 PRESETS = "quantdock.presets"
+CONFIGS = "quantdock.configs"
 STAGES = "quantdock.stages"
-GROUPS = (QUANTIZERS, PRESETS, STAGES)
+GROUPS = (QUANTIZERS, PRESETS, CONFIGS, STAGES)
 
 logger = logging.getLogger("quantdock")
 

@@ -13,8 +13,8 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from quantdock.discovery import PRESETS, QUANTIZERS, Catalog, Offer, installed
-from quantdock.errors import ConfigError, PluginError, UnknownMethodError, UnknownPresetError
+from quantdock.discovery import CONFIGS, PRESETS, QUANTIZERS, Catalog, Offer, installed
+from quantdock.errors import ConfigError, PluginError, QuantdockError, UnknownMethodError, UnknownPresetError
 from quantdock.policy import Policy
 
 if TYPE_CHECKING:
@@ -162,20 +162,60 @@ def _config_of(value: Any, catalog: Catalog) -> QuantizationConfig:
         return value
     if isinstance(value, str):
         return _preset(value, catalog)
+    if isinstance(value, type):
+        raise ConfigError(f"quantize= is the class {value.__qualname__}; expected an object: {value.__qualname__}(...)")
+    claimed = _claimed(value, catalog)
+    if claimed is not None:
+        return claimed
     if not isinstance(value, Mapping) and callable(getattr(value, "to_dict", None)):  # one of transformers'
         # Some leave out of to_dict what is for loading only.
         value = {**getattr(value, "get_loading_attributes", dict)(), **value.to_dict()}
     if not isinstance(value, Mapping):
-        raise ConfigError(
-            f"quantize={value!r}: expected a preset name, a config object, an object as in config.json, or a mapping "
-            "of patterns to any of these or None"
-        )
+        raise _no_config(value)
     method = value.get("quant_method")
     method = getattr(method, "value", method)  # transformers writes an enum
     if not isinstance(method, str):
         raise ConfigError(f"quantization_config has no quant_method (found {method!r}); it says which plugin reads it")
     _, quantizer_class = _quantizer_class(method, catalog)
     return quantizer_class.config_class.from_dict(value)
+
+
+def _claimed(value: Any, catalog: Catalog) -> QuantizationConfig | None:
+    """What a plugin makes of a library's config object; plugins claim such objects by the name of a class or a base."""
+    from quantdock.quantizer import QuantizationConfig
+
+    for name in () if isinstance(value, Mapping) else _class_names(value):
+        offer = catalog.find(CONFIGS, name)
+        if offer is None:
+            continue
+        convert = offer.load()
+        config = convert(value) if callable(convert) else convert
+        if not isinstance(config, QuantizationConfig):
+            raise PluginError(
+                f"{offer.origin} claims objects of {name}, but {offer.value} made {type(config).__name__} of one, "
+                "expected a QuantizationConfig"
+            )
+        return config
+    return None
+
+
+def _class_names(value: object) -> list[str]:
+    """The class of an object and its bases, nearest first; without Python's own, which would claim anything."""
+    classes = [base for base in type(value).__mro__ if base.__module__ != "builtins"]
+    return [f"{base.__module__}.{base.__qualname__}" for base in classes]
+
+
+def _no_config(value: object) -> QuantdockError:
+    names, methods = _class_names(value), _phone_book("methods")
+    packages = [methods[library] for library in (name.partition(".")[0] for name in names) if library in methods]
+    if packages:
+        return UnknownMethodError(
+            f"quantize= is a {names[0]}, and no installed plugin takes objects of that class. {_advice(packages[0])}"
+        )
+    return ConfigError(
+        f"quantize={value!r}: expected a preset name, a config object, an object as in config.json, or a mapping "
+        "of patterns to any of these or None" + (f"; no installed plugin takes a {names[0]}" if names else "")
+    )
 
 
 def _preset(name: str, catalog: Catalog) -> QuantizationConfig:

@@ -18,7 +18,7 @@ from quantdock_torchao.quantizer import TorchAoQuantizer
 
 
 def config(name: object, data: object = None) -> TorchAoConfig:
-    version = 2 if name == "Int8WeightOnlyConfig" else 1
+    version = 2 if name in ("Int8WeightOnlyConfig", "IntxWeightOnlyConfig") else 1
     data = {} if data is None else data
     return TorchAoConfig(quant_type={"default": {"_type": name, "_version": version, "_data": data}})
 
@@ -73,7 +73,7 @@ def test_values_that_do_not_fit_are_named(changes: dict[str, Any], message: str)
 
 def test_a_config_with_tensors_has_no_json() -> None:
     ao = upstream.module("torchao.quantization")
-    with pytest.raises(ConfigError, match="can't be written as JSON"):
+    with pytest.raises(UnsupportedError, match=r"can't be written as JSON and read again, .* Use Int8WeightOnlyConfig"):
         TorchAoConfig(quant_type=ao.Int8StaticActivationInt8WeightConfig(act_quant_scale=torch.ones(1, 1)))
 
 
@@ -111,11 +111,38 @@ def test_what_is_no_class_of_data_is_not_called(name: str) -> None:
         ("torch.dtype", "load", "'load' is not the name of a torch dtype"),
         ("torch.dtype", "float32", "'torch.dtype', which is no config"),
         (["Int8WeightOnlyConfig"], {}, "is not the name of a class"),
+        ("IntxWeightOnlyConfig", [], r"_data of IntxWeightOnlyConfig is \[\], expected an object"),
+        ("IntxWeightOnlyConfig", {"granularity": {"_type": "PerRow", "_data": None}}, "_data of PerRow is None"),
+        (
+            "IntxWeightOnlyConfig",
+            {"granularity": {"_type": "PerRow", "_version": 7, "_data": {}}},
+            "PerRow has version 7",
+        ),
+        ("IntxWeightOnlyConfig", {"weight_dtype": {"_type": "torch.dtype", "_data": "int16"}}, "must be torch.intx"),
+        ("FqnToConfig", {"fqn_to_config": [1]}, r"fqn_to_config is \[1\], expected configs by names"),
+        ("FqnToConfig", {"fqn_to_config": {"a": 3}}, "'a' stands for 3, expected one of torchao's configs"),
+        ("FqnToConfig", {"fqn_to_config": {"re:(": None}}, r"FqnToConfig: '\(' is no regular expression"),
     ],
 )
 def test_what_torchao_can_not_read_is_named(name: object, data: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(name, data).method()
+
+
+def test_a_config_that_names_no_method_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"quant_type is missing from the quantization_config \(it has quant_method\)"
+    ):
+        TorchAoConfig.from_dict({"quant_method": "torchao"})
+
+
+def test_a_config_of_a_newer_torchao_is_refused() -> None:
+    """torchao itself would warn, and read it as one of its own."""
+    asked = TorchAoConfig(quant_type={"default": INT8.quant_type["default"] | {"_version": 9}})
+    with pytest.raises(
+        ConfigError, match="Int8WeightOnlyConfig has version 9, and the torchao that is installed knows"
+    ):
+        asked.method()
 
 
 JSON = st.recursive(

@@ -37,6 +37,7 @@ _ALIGNMENT = 64
 
 _EIGHT_BITS = ("int8", "float8")
 _SCALES = ("input_scale", "output_scale")
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _quanto() -> Any:
@@ -99,6 +100,21 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
             working, slices = self._working(spec)
             self._layouts[kind] = Layout(components=components, working_bytes=working, slices=slices)
         return self._layouts[kind]
+
+    def stored_layout(self, parameter: Parameter, found: Mapping[str, TensorSpec]) -> Layout:
+        scale = found.get(f"{parameter.leaf}._scale")
+        if scale is not None and scale.dtype != parameter.spec.dtype and scale.dtype in _SCALE_DTYPES:
+            raise UnsupportedError(
+                f"{parameter.name}: stored to be used in {scale.dtype}, but the model is loaded in "
+                f"{parameter.spec.dtype}; pass dtype={str(scale.dtype).removeprefix('torch.')!r}"
+            )
+        try:
+            return super().stored_layout(parameter, found)
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"{error} (weights={self.config.weights!r} says the config); fetch or save the files again, or "
+                "quantize the original weights"
+            ) from error
 
     def _working(self, spec: TensorSpec) -> tuple[int, Slices | None]:
         """What quantizing takes, as a whole and in slices."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from quantdock import Parameter
+from quantdock import Parameter, PatternError
 from quantdock_torchao import upstream
 
 _NOT_DYNAMIC = nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -32,10 +33,27 @@ class Choice:
         found = [self._default, *(self._by_name or {}).values()]
         return list({id(config): config for config in found if config is not None}.values())
 
+    def require_match(self, names: Collection[str]) -> None:
+        """Raise when configs are chosen by names, and none of these is meant.
+
+        Args:
+            names: of the model's parameters.
+
+        Raises:
+            PatternError: says which names there are.
+        """
+        if self._by_name is None or self._default is not None or any(self._key(name, self._by_name) for name in names):
+            return
+        raise PatternError(
+            f"FqnToConfig: {', '.join(map(repr, self._by_name)) or 'it names nothing, and'} matches no parameter, so "
+            f"nothing would be quantized. Parameters are such as {', '.join(map(repr, list(names)[:4]))}; an "
+            'expression needs "re:" in front, and matches whole names'
+        )
+
     def of(self, parameter: Parameter) -> tuple[Any, str]:
         """The config of a parameter; or ``None``, and why."""
         if self._by_name is not None:
-            key = self._key(parameter, self._by_name)
+            key = self._key(parameter.name, self._by_name)
             if key is not None:
                 config = self._by_name[key]
                 return config, "" if config is not None else f"FqnToConfig: {key!r} is None"
@@ -43,14 +61,15 @@ class Choice:
             return None, _why_not(parameter, named=self._by_name is not None)
         return self._default, "" if self._default is not None else "FqnToConfig: no name matches"
 
-    def _key(self, parameter: Parameter, by_name: dict[str, Any]) -> str | None:
-        if parameter.name in by_name:
-            return parameter.name
-        whole = parameter.leaf == "weight"  # a module's config is for that parameter
-        if whole and parameter.module in by_name:
-            return parameter.module
+    def _key(self, name: str, by_name: dict[str, Any]) -> str | None:
+        if name in by_name:
+            return name
+        module, _, leaf = name.rpartition(".")
+        whole = leaf == "weight"  # a module's config is for that parameter
+        if whole and module in by_name:
+            return module
         expressions = [key for key in by_name if key.startswith("re:")]
-        for text in [parameter.name, parameter.module] if whole else [parameter.name]:
+        for text in [name, module] if whole else [name]:
             for key in expressions:
                 if re.fullmatch(key[3:], text):
                     return key

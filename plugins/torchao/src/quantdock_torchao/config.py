@@ -9,12 +9,18 @@ import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
-from quantdock import ConfigError, QuantizationConfig
+from quantdock import ConfigError, QuantizationConfig, UnsupportedError
 from quantdock_torchao import upstream
+
+INSTEAD = (
+    "Use Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, Float8WeightOnlyConfig or IntxWeightOnlyConfig, "
+    "which need no GPU, or torchao's quantize_ on the loaded model"
+)
+"""What to do about a config that can't be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +29,7 @@ class TorchAoConfig(QuantizationConfig):
 
     Raises:
         ConfigError: a value doesn't fit; the message names the field.
+        UnsupportedError: ``quant_type`` is an object of torchao's that can't be written as JSON and read again.
     """
 
     quant_method: ClassVar[str] = "torchao"
@@ -49,10 +56,29 @@ class TorchAoConfig(QuantizationConfig):
                 )
             object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert or ()))
             for item in self.modules_to_not_convert or ():
-                _require_expression(item)
+                _require_expression("modules_to_not_convert", item)
         for name in ("include_input_output_embeddings", "untie_embedding_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"TorchAoConfig.{name} is {getattr(self, name)!r}, expected true or false")
+
+    @classmethod
+    def of(cls, method: Any) -> TorchAoConfig:
+        """The config for one of torchao's own config objects, such as ``Int8WeightOnlyConfig()``.
+
+        Raises:
+            UnsupportedError: it can't be written as JSON, or read again from it.
+        """
+        return cls(quant_type=method)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        if "quant_type" not in data:
+            raise ConfigError(
+                "TorchAoConfig.quant_type is missing from the quantization_config (it has "
+                f'{", ".join(map(str, data))}), expected {{"default": {{"_type": ..., "_data": ...}}}} in it, as '
+                "transformers, torchao and quantdock write it"
+            )
+        return super().from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, key by key what transformers writes."""
@@ -72,20 +98,41 @@ class TorchAoConfig(QuantizationConfig):
         try:
             _check_types(data)
             found = upstream.module("torchao.core.config").config_from_dict(data)
-        except (ValueError, TypeError, AssertionError, AttributeError, RecursionError) as error:
+        except Exception as error:  # torchao's classes check their values in their own ways
             raise ConfigError(f"TorchAoConfig.quant_type: torchao can't read it ({error})") from error
-        if not isinstance(found, upstream.module("torchao.core.config").AOBaseConfig):
+        if not _is_config(found):
             raise ConfigError(f"TorchAoConfig.quant_type is {data['_type']!r}, which is no config of torchao's")
+        if isinstance(found, upstream.module("torchao.quantization").FqnToConfig):
+            _check_names(found.fqn_to_config)
         return found
 
 
-def _require_expression(item: str) -> None:
+def _is_config(value: object) -> bool:
+    return isinstance(value, upstream.module("torchao.core.config").AOBaseConfig)
+
+
+def _check_names(by_name: object) -> None:
+    """Raise unless these are configs, or ``None``, by names and expressions."""
+    if not isinstance(by_name, Mapping):
+        raise ConfigError(f"FqnToConfig.fqn_to_config is {by_name!r:.200}, expected configs by names")
+    for key, value in by_name.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"FqnToConfig: {key!r} is no name of a parameter or module")
+        if key.startswith("re:"):
+            _require_expression("quant_type: FqnToConfig", key[3:])
+        by_names = isinstance(value, upstream.module("torchao.quantization").FqnToConfig)
+        if value is not None and (by_names or not _is_config(value)):
+            raise ConfigError(
+                f"FqnToConfig: {key!r} stands for {value!r:.200}, expected one of torchao's configs for a tensor, or "
+                "None to leave it as it is"
+            )
+
+
+def _require_expression(field: str, item: str) -> None:
     try:
         re.compile(item)
     except re.error as error:
-        raise ConfigError(
-            f"TorchAoConfig.modules_to_not_convert: {item!r} is no regular expression ({error})"
-        ) from error
+        raise ConfigError(f"TorchAoConfig.{field}: {item!r} is no regular expression ({error})") from error
 
 
 def _as_json(quant_type: object) -> dict[str, Any]:
@@ -96,9 +143,14 @@ def _as_json(quant_type: object) -> dict[str, Any]:
             return copy.deepcopy(dict(quant_type))
     elif any(base.__module__ == "torchao.core.config" for base in type(quant_type).__mro__):
         try:
-            return {"default": upstream.module("torchao.core.config").config_to_dict(quant_type)}
+            data = upstream.module("torchao.core.config").config_to_dict(quant_type)
+            _check_types(data)
         except (TypeError, ValueError, NotImplementedError) as error:
-            raise ConfigError(f"TorchAoConfig.quant_type: {quant_type!r} can't be written as JSON ({error})") from error
+            raise UnsupportedError(
+                f"torchao's {type(quant_type).__name__} can't be used: {quant_type!r:.200} can't be written as JSON "
+                f"and read again, as a saved model needs it ({error}). {INSTEAD}"
+            ) from error
+        return {"default": data}
     raise ConfigError(
         f"TorchAoConfig.quant_type is {quant_type!r:.200}, expected one of torchao's config objects, or "
         '{"default": {"_type": ..., "_data": ...}} as in config.json'
@@ -118,12 +170,12 @@ def _check_types(data: object) -> None:
     if not isinstance(data, Mapping):
         return
     if "_type" in data:
-        _check_type(data["_type"], data.get("_data"))
+        _check_type(data["_type"], data.get("_data"), data.get("_version", 1))
     for value in data.values():
         _check_types(value)
 
 
-def _check_type(name: object, value: object) -> None:
+def _check_type(name: object, value: object, version: object) -> None:
     if name == "torch.dtype":
         if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
             raise ValueError(f"{value!r} is not the name of a torch dtype")
@@ -135,8 +187,14 @@ def _check_type(name: object, value: object) -> None:
         dataclasses.is_dataclass(found) or issubclass(found, enum.Enum) or hasattr(found, "_fields")  # a named tuple
     ):
         raise ValueError(f"torchao's modules for configs have no class of data {name!r}")
-    if issubclass(found, enum.Enum) and (not isinstance(value, str) or value not in found.__members__):
-        raise ValueError(f"{name} has no member {value!r}")
+    if issubclass(found, enum.Enum):
+        if not isinstance(value, str) or value not in found.__members__:
+            raise ValueError(f"{name} has no member {value!r}")
+    elif not isinstance(value, Mapping):  # torchao would make something of it
+        raise ValueError(f"_data of {name} is {value!r:.200}, expected an object with its fields")
+    known = getattr(found, "version", 1)
+    if type(version) is not int or version > known:  # torchao would read it as one of its own
+        raise ValueError(f"{name} has version {version!r}, and the torchao that is installed knows up to {known}")
 
 
 def _lookup(name: str) -> object:

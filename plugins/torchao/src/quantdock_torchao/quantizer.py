@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantdock import (
     Capabilities,
+    ConfigError,
     Layout,
     Parameter,
     QuantizationConfig,
@@ -26,7 +27,7 @@ from quantdock import (
 from quantdock_torchao import tensors, upstream
 from quantdock_torchao.arithmetic import WORKING_PER_SCALE, Arithmetic, arithmetic_of
 from quantdock_torchao.choice import Choice
-from quantdock_torchao.config import TorchAoConfig
+from quantdock_torchao.config import INSTEAD, TorchAoConfig
 
 _WORKING = {"Int8Tensor": 8, "IntxUnpackedToInt8Tensor": 8, "Float8Tensor": 13}
 """Bytes per element that torchao allocates on the way at the most, its result not counted; measured."""
@@ -38,7 +39,7 @@ _PIECE, _PIECE_ON_DEVICE = 1 << 18, 1 << 20
 millisecond, and several times their memory, of which malloc keeps the more, the larger they are."""
 
 _PROBE = (1024, 1024 * 945)
-"""A shape that any size of a group divides."""
+"""A shape that the sizes of blocks divide; its rows are taken as many times as a group has elements."""
 
 
 class TorchAoQuantizer(Quantizer[TorchAoConfig]):
@@ -122,6 +123,8 @@ class TorchAoQuantizer(Quantizer[TorchAoConfig]):
     @hookimpl
     def preprocess_model(self, model: nn.Module) -> None:
         """Nothing to swap: torchao changes the tensors inside of modules."""
+        if not self.parameters and not self.prequantized:
+            self._choice.require_match([name for name, _ in model.named_parameters()])
 
     @hookimpl
     def quantize_param(self, parameter: Parameter, tensor: Tensor) -> Mapping[str, Tensor] | None:
@@ -180,12 +183,14 @@ class TorchAoQuantizer(Quantizer[TorchAoConfig]):
                 made = self._quantized(parameter, empty)
             except Exception as error:  # torchao raises all kinds of them
                 raise UnsupportedError(
-                    f"{parameter.name}: torchao's {type(config).__name__} doesn't take {parameter.spec} ({error})"
+                    f"{parameter.name}: torchao's {type(config).__name__} doesn't take {parameter.spec} ({error}). "
+                    f"Choose a granularity that fits the shape, or leave it out: skip=[{parameter.name!r}]"
                 ) from error
-            if type(made).__name__ not in tensors.KINDS:
+            misfit = tensors.misfit(made)
+            if misfit is not None:
                 raise UnsupportedError(
-                    f"{parameter.name}: torchao's {type(config).__name__} makes {type(made).__name__} of "
-                    f"{parameter.spec}; what can be used is {', '.join(tensors.KINDS)}"
+                    f"{parameter.name}: torchao's {type(config).__name__} doesn't take {parameter.spec}: it {misfit}. "
+                    f"Leave it out: skip=[{parameter.name!r}]"
                 )
             self._made[kind] = tensors.described(parameter.leaf, made)
         return self._made[kind]
@@ -243,15 +248,46 @@ def _quantize(config: Any, leaf: str, tensor: Tensor, *, linear: bool) -> Any:
 
 
 def _require_runnable(config: Any) -> None:
-    """Raise once, and not for each parameter, when this machine lacks what a config needs.
+    """Raise once, and not for each parameter, when a config can't be used here, whatever it is used for.
 
     Raises:
-        UnsupportedError: torchao says what is missing.
+        ConfigError: its group size is no size.
+        UnsupportedError: torchao says what is missing, or makes what can't be used.
     """
-    empty = torch.empty(_PROBE, dtype=torch.bfloat16, device="meta")
+    what = f"torchao's {type(config).__name__} can't be used"
+    if getattr(config, "act_quant_scale", _ABSENT) is None:
+        raise UnsupportedError(
+            f"{what}: it quantizes activations by scales that are found in a calibration, which isn't a part of "
+            f"loading. {INSTEAD}"
+        )
+    shape = _PROBE[0], _PROBE[1] * _group_size(config)
     try:
-        _quantize(config, "weight", empty, linear=True)
-    except (ImportError, NotImplementedError, AssertionError) as error:
-        raise UnsupportedError(f"torchao's {type(config).__name__} can't be used on this machine: {error}") from error
-    except Exception:  # noqa: BLE001, S110 - about the shape, maybe; each parameter gets its own answer
-        pass
+        made = _quantize(config, "weight", torch.empty(shape, dtype=torch.bfloat16, device="meta"), linear=True)
+    except (ImportError, AssertionError) as error:  # what torchao checks of the machine, and torch of its build
+        raise UnsupportedError(f"{what} on this machine: {str(error).rstrip('.')}. {INSTEAD}") from error
+    except Exception as error:  # torchao raises all kinds of them; as the shape fits, it would for any weight
+        raise UnsupportedError(
+            f"{what}: tried out on a tensor without values, it raises {type(error).__name__} "
+            f"({str(error).rstrip('.')}). {INSTEAD}"
+        ) from error
+    misfit = tensors.misfit(made)
+    if misfit is not None:
+        raise UnsupportedError(f"{what}: it {misfit}. {INSTEAD}")
+
+
+_ABSENT = object()
+
+
+def _group_size(config: Any) -> int:
+    """The elements that share a scale, if a config says so; else 1."""
+    for holder in (config, getattr(config, "granularity", None), getattr(config, "weight_granularity", None)):
+        size = getattr(holder, "group_size", None)
+        if size is None:
+            continue
+        if type(size) is not int or size < 1:
+            raise ConfigError(
+                f"torchao's {type(config).__name__} has group_size={size!r}, expected a whole number of at least 1 "
+                "that divides the rows of the weights"
+            )
+        return size
+    return 1

@@ -8,7 +8,7 @@ The form is that of ``torchao.prototype.safetensors``: the tensor ``x.y.weight``
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,21 @@ import torch
 from quantdock import Parameter, TensorSpec, UnsupportedError
 from quantdock_torchao import upstream
 
-KINDS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
-"""The classes whose parts are checked part by part when they are loaded; others aren't."""
+KINDS: Mapping[str, tuple[torch.dtype, ...]] = {
+    "Int8Tensor": (torch.int8,),
+    "IntxUnpackedToInt8Tensor": (torch.int8,),
+    "Float8Tensor": (torch.float8_e4m3fn, torch.float8_e5m2),
+}
+"""The classes that can be used, as their parts can be checked when they are loaded -> the dtypes of their codes."""
 
 PLAIN = json.dumps({"_type": "Tensor"})
 """The description of a tensor that isn't quantized."""
 
 _KEYS = {"_type", "_data", "_tensor_data_names"}
-_CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
+
+_AGAIN = "fetch or save the files again, or quantize the original weights"
+"""What to do about files that don't fit themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,22 @@ def describe(tensor: Any) -> str:
     return json.dumps(tensor, cls=encoder)
 
 
+def misfit(tensor: Any) -> str | None:
+    """Why what torchao has made of a weight can't be used; ``None`` when it can."""
+    kind = type(tensor).__name__
+    if type(tensor) is torch.nn.Parameter:
+        return "leaves the weight as it is, and raises no error"
+    if kind not in KINDS:
+        return f"makes {kind} of it; what can be used is {', '.join(KINDS)}"
+    if tensor.qdata.dtype not in KINDS[kind]:
+        return f"makes {kind} of {_names([tensor.qdata.dtype])}; what can be loaded again is {_names(KINDS[kind])}"
+    return None
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def described(leaf: str, tensor: Any) -> Described:
     """What a quantized tensor (on the meta device, for one) is stored as."""
     return Described(
@@ -95,15 +117,15 @@ def read(parameter: Parameter, description: str, found: Mapping[str, TensorSpec]
     problems = [f"component {name!r} is missing" for name in names - found.keys()]
     problems += [f"component {name!r} is not part of it" for name in found.keys() - names]
     if problems:
-        raise UnsupportedError(f"{where} doesn't fit what is stored: {'; '.join(sorted(problems))}")
+        raise UnsupportedError(f"{where} doesn't fit what is stored: {'; '.join(sorted(problems))}; {_AGAIN}")
     empty = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in found.items()}
     try:
         tensor = build(parameter.leaf, description, empty)
         same = json.loads(describe(tensor)) == data
-    except (ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
-        raise UnsupportedError(f"{where} can't be used ({error})") from error
+    except Exception as error:  # torchao raises all kinds of them
+        raise UnsupportedError(f"{where} can't be used ({error}); {_AGAIN}") from error
     if not same:
-        raise UnsupportedError(f"{where} isn't what torchao would write for it")
+        raise UnsupportedError(f"{where} isn't what torchao would write for it; {_AGAIN}")
     _check(parameter, tensor, found)
     _try_out(where, tensor)
     return described(parameter.leaf, tensor)
@@ -113,14 +135,19 @@ def _parsed(where: str, description: str) -> dict[str, Any]:
     try:
         data = json.loads(description)
     except (ValueError, RecursionError) as error:
-        raise UnsupportedError(f"{where} is no JSON ({error})") from error
+        raise UnsupportedError(f"{where} is no JSON ({error}); {_AGAIN}") from error
     if not isinstance(data, dict) or data.keys() != _KEYS or not isinstance(data["_data"], dict):
-        raise UnsupportedError(f"{where} is {description:.200}, expected an object with {', '.join(sorted(_KEYS))}")
-    if data["_type"] not in KINDS:
-        raise UnsupportedError(f"{where} says _type={data['_type']!r}; what can be loaded is {', '.join(KINDS)}")
+        raise UnsupportedError(
+            f"{where} is {description:.200}, expected an object with {', '.join(sorted(_KEYS))}; {_AGAIN}"
+        )
+    if not isinstance(data["_type"], str) or data["_type"] not in KINDS:
+        raise UnsupportedError(
+            f"{where} says _type={data['_type']!r}; what can be loaded is {', '.join(KINDS)}. torchao itself may know "
+            "the class; or quantize the original weights"
+        )
     names = data["_tensor_data_names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UnsupportedError(f"{where} says _tensor_data_names={names!r}, expected a list of names")
+        raise UnsupportedError(f"{where} says _tensor_data_names={names!r}, expected a list of names; {_AGAIN}")
     return data
 
 
@@ -135,12 +162,15 @@ def _check(parameter: Parameter, tensor: Any, found: Mapping[str, TensorSpec]) -
     block: object = tensor.block_size
     fits = isinstance(block, list) and len(block) == len(spec.shape)
     if not fits or any(type(size) is not int or size < 1 for size in tensor.block_size):
-        raise UnsupportedError(f"{parameter.name}: block_size is {block!r}, expected a size for each dimension")
+        raise UnsupportedError(
+            f"{parameter.name}: block_size is {block!r}, expected a size for each dimension of {list(spec.shape)}; "
+            f"{_AGAIN}"
+        )
     if any(size % part for size, part in zip(spec.shape, tensor.block_size, strict=True)):
-        raise UnsupportedError(f"{parameter.name}: blocks of {block!r} don't divide {list(spec.shape)}")
+        raise UnsupportedError(f"{parameter.name}: blocks of {block!r} don't divide {list(spec.shape)}; {_AGAIN}")
     scales = tuple(size // part for size, part in zip(spec.shape, tensor.block_size, strict=True))
     expected = {
-        "qdata": (spec.shape, _CODES),
+        "qdata": (spec.shape, KINDS[type(tensor).__name__]),
         "scale": (scales, _SCALES),
         "zero_point": (scales, (torch.int8, *_SCALES)),
     }
@@ -152,7 +182,7 @@ def _check(parameter: Parameter, tensor: Any, found: Mapping[str, TensorSpec]) -
         if stored.shape != shape or stored.dtype not in dtypes:
             raise UnsupportedError(
                 f"{parameter.name}: component {name!r} is {stored}, expected shape {list(shape)} and one of "
-                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
+                f"{_names(dtypes)}; {_AGAIN}"
             )
 
 

@@ -9,6 +9,7 @@ dequantized for measuring, so that no kernel has a part in it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
@@ -151,11 +152,15 @@ def _quantdock(model: Path, config: Any) -> Any:
 
 def _gptqmodel(model: Path, samples: list[list[int]], size: int, fields: dict[str, Any]) -> Any:
     """Quantize with gptqmodel, and read its checkpoint."""
+    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
     import quantdock
 
-    with tempfile.TemporaryDirectory() as work:
+    if fields.get("method") == "awq" and not torch.cuda.is_available():
+        raise ImportError("gptqmodel calibrates AWQ with CUDA only, and there is none")
+    model = model.resolve()
+    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):  # where it leaves its logs
         folder = Path(work, "model")
         quantdock.save(quantdock.load(model, dtype="bfloat16"), folder)
         quality_texts.tokenizer(model).save_pretrained(folder)

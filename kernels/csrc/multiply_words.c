@@ -56,11 +56,13 @@ struct step {
     int32_t sums[DIGITS];
 };
 
+/* Some rows of a product. */
 struct product {
     const struct matrix *matrix;
-    const int8_t *digits;     /* [rows, DIGITS, inputs], the lowest first */
-    const struct step *steps; /* [rows, steps] */
-    void *y;                  /* [rows, outputs] */
+    const void *x;      /* [rows, inputs] */
+    int8_t *digits;     /* [rows, DIGITS, inputs], the lowest first */
+    struct step *steps; /* [rows, steps] */
+    void *y;            /* [rows, outputs] */
     int64_t rows, steps_of_row, next;
     int dtype;
 };
@@ -97,6 +99,21 @@ INLINE void split(const void *x, int64_t first, int64_t count, enum dtype dtype,
             sums[d] += digit;
         }
     memcpy(step->sums, sums, sizeof sums);
+}
+
+static void split_rows(void *data) {
+    struct product *p = data;
+    const struct matrix *m = p->matrix;
+    for (;;) {
+        int64_t row = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED);
+        if (row >= p->rows)
+            return;
+        struct step *step = p->steps + row * p->steps_of_row;
+        EACH_STEP(m, group, first, count) {
+            int8_t *digits = p->digits + row * DIGITS * m->inputs + first;
+            split(p->x, row * m->inputs + first, count, (enum dtype)p->dtype, m->inputs, digits, step++);
+        }
+    }
 }
 
 /* Products ---------------------------------------------------------------------------------------------------------- */
@@ -261,24 +278,32 @@ static void multiply(void *data) {
 /* GOMP_parallel of an OpenMP runtime; NULL for one thread. */
 typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
-INLINE void run(parallel threads, int count, void (*work)(void *), void *data, int64_t blocks) {
-    if (threads && count > 1 && blocks > 1)
-        threads(work, data, (unsigned)least(count, blocks), 0);
+INLINE void run(parallel threads, int count, void (*work)(void *), void *data, int64_t pieces) {
+    if (threads && count > 1 && pieces > 1)
+        threads(work, data, (unsigned)least(count, pieces), 0);
     else
         work(data);
 }
 
+/* With room for the digits and the steps of so many rows as products.py says, which are done together. */
 KERNEL(void, multiply_words)(
-    const struct matrix *m, const void *x, int dtype, int64_t rows, int8_t *digits, struct step *steps, void *y,
-    parallel threads, int count_of_threads) {
-    struct step *step = steps;
-    for (int64_t row = 0; row < rows; row++)
-        EACH_STEP(m, group, first, count)
-            split(
-                x, row * m->inputs + first, count, (enum dtype)dtype, m->inputs, digits + row * DIGITS * m->inputs + first,
-                step++);
-    struct product product = {m, digits, steps, y, rows, (step - steps) / (rows ? rows : 1), 0, dtype};
-    run(threads, count_of_threads, multiply, &product, (m->outputs + BLOCK - 1) / BLOCK);
+    const struct matrix *m, const void *x, int dtype, int64_t rows, int64_t together, int64_t steps_of_row, int8_t *digits,
+    struct step *steps, void *y, parallel threads, int count) {
+    for (int64_t row = 0; row < rows; row += together) {
+        struct product p = {
+            .matrix = m,
+            .x = at(x, row * m->inputs, (enum dtype)dtype),
+            .digits = digits,
+            .steps = steps,
+            .y = (void *)at(y, row * m->outputs, (enum dtype)dtype),
+            .rows = least(together, rows - row),
+            .steps_of_row = steps_of_row,
+            .dtype = dtype,
+        };
+        run(threads, count, split_rows, &p, p.rows);
+        p.next = 0;
+        run(threads, count, multiply, &p, (m->outputs + BLOCK - 1) / BLOCK);
+    }
 }
 
 /* Full precision ---------------------------------------------------------------------------------------------------- */
@@ -337,7 +362,7 @@ static void decode(void *data) {
 }
 
 KERNEL(void, decode_words)(
-    const struct matrix *m, int64_t first, int64_t count, int dtype, void *values, parallel threads, int count_of_threads) {
-    struct part part = {m, first, count, 0, values, dtype};
-    run(threads, count_of_threads, decode, &part, (count + BLOCK - 1) / BLOCK);
+    const struct matrix *m, int64_t first, int64_t outputs, int dtype, void *values, parallel threads, int count) {
+    struct part part = {m, first, outputs, 0, values, dtype};
+    run(threads, count, decode, &part, (outputs + BLOCK - 1) / BLOCK);
 }

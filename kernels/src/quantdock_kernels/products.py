@@ -17,6 +17,7 @@ BITS = (2, 4, 8)
 """Of codes that products can be made with; each is a part of a byte."""
 BLOCK = 64
 """Outputs whose words lie together."""
+_ROWS = 64  # done together: their digits fit into a second-level cache, the codes come from memory once for all of them
 _STEP = 128  # inputs that have a power of two of their own, at most
 _DIGITS = 3
 _STEP_BYTES = 4 + 4 * _DIGITS
@@ -105,8 +106,9 @@ class WordMatrix:
             check("x", x, x.dtype, x.shape[0], self.inputs)
         rows = x.shape[0]
         y = torch.empty(rows, self.outputs, dtype=x.dtype, device="cpu")
-        size = rows * self._steps * _STEP_BYTES
-        scratch = torch.empty(size + rows * self.inputs * _DIGITS, dtype=torch.uint8, device="cpu")
+        together = min(rows, _ROWS)
+        size = together * self._steps * _STEP_BYTES
+        scratch = torch.empty(size + together * self.inputs * _DIGITS, dtype=torch.uint8, device="cpu")
         call = function("multiply_words", instruction_set, *_MULTIPLY)
         address = scratch.data_ptr()
         call(
@@ -114,6 +116,8 @@ class WordMatrix:
             x.data_ptr(),
             dtype,
             rows,
+            together,
+            self._steps,
             address + size,
             address,
             y.data_ptr(),
@@ -157,7 +161,7 @@ class WordMatrix:
         return values
 
 
-_MULTIPLY = (c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int)
+_MULTIPLY = (c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int)
 _DECODE = (c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int)
 
 

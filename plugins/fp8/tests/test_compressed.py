@@ -371,10 +371,10 @@ def test_what_is_meant_and_isn_t_stored_quantized_stays_as_it_is(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_can_be_trained_on_top(kind: str) -> None:
-    from peft import LoraConfig, get_peft_model
-
+    peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
     names = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj"]
-    model = get_peft_model(quantdock.load(FIXTURES / kind, model=Tiny), LoraConfig(target_modules=names, r=4))
+    adapters = peft.LoraConfig(target_modules=names, r=4)
+    model = peft.get_peft_model(quantdock.load(FIXTURES / kind, model=Tiny), adapters)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora" not in name}
     model(torch.arange(8)[None]).float().square().sum().backward()
     gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_B" in name]

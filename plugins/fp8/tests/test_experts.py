@@ -16,6 +16,8 @@ from torch import Tensor
 
 import quantdock
 
+pytest.importorskip("quantdock_transformers", reason="the models are transformers', whose architectures it brings")
+
 HIDDEN, INNER, EXPERTS = 256, 128, 4
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 

@@ -17,6 +17,8 @@ from torch import Tensor
 import quantdock
 from quantdock_fp8.mxfp4 import Mxfp4Config
 
+pytest.importorskip("quantdock_transformers", reason="the models are transformers', whose architectures it brings")
+
 HIDDEN, INNER, EXPERTS = 64, 96, 4
 CONFIG = {
     "quant_method": "mxfp4",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from quantdock import Parameter, TensorSpec
 from quantdock_fp8.config import FbgemmFp8Config, Fp8Config
@@ -39,6 +41,14 @@ def quantized(quantizer: Fp8Quantizer | FbgemmFp8Quantizer, tensor: Tensor) -> d
     return dict(found)
 
 
+def by_transformers(config: Any, tensor: Tensor) -> Mapping[str, Tensor]:
+    pytest.importorskip("transformers", reason="the reference is transformers' code")
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    found: Mapping[str, Tensor] = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"a.weight": tensor})
+    return found
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
         *(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
@@ -60,7 +70,7 @@ def test_transformers(
     rows, columns = block or (24, 40)
     tensor = matrix(down * rows, across * columns, dtype, seed)
     config = SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt)
-    theirs = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"a.weight": tensor})
+    theirs = by_transformers(config, tensor)
     ours = quantized(Fp8Quantizer(Fp8Config(weight_block_size=block, scale_fmt=scale_fmt)), tensor)
     assert same_bits(ours["weight"], theirs["a.weight"])
     expected = theirs["a.weight_scale_inv"]
@@ -74,7 +84,7 @@ def test_blocks_at_the_edges_are_smaller(rows: int, columns: int, seed: int) -> 
     tensor = matrix(rows, columns, torch.bfloat16, seed)
     padded = nn.functional.pad(tensor, (0, -columns % 128, 0, -rows % 128))
     config = SimpleNamespace(weight_block_size=(128, 128), scale_fmt="float")
-    theirs = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"a.weight": padded})
+    theirs = by_transformers(config, padded)
     ours = quantized(Fp8Quantizer(Fp8Config(weight_block_size=(128, 128))), tensor)
     assert same_bits(ours["weight_scale_inv"], theirs["a.weight_scale_inv"])
     assert same_bits(ours["weight"], theirs["a.weight"][:rows, :columns])

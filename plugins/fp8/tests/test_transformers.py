@@ -12,6 +12,8 @@ from torch import Tensor
 
 import quantdock
 
+pytest.importorskip("quantdock_transformers", reason="the models are transformers', whose architectures it brings")
+
 PRESETS: dict[str, Any] = {
     "fp8": "fp8",
     "fp8-block": "fp8-block",

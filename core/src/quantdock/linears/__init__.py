@@ -5,15 +5,18 @@ A weight is stored as small integers (codes), with a scale and a zero point for 
 points are packed is the format's business: a format subclasses ``GroupedLinear`` and says how to read its buffers. How
 to multiply with them fast is the same for all formats, and is what this package does.
 
-In evaluation on CPU, a layer takes one of three paths, decided once; ``GroupedLinear.path`` says which, and so does the
-report.
+In evaluation on CPU, a layer takes one of four paths, the first that its weight fits, decided once;
+``GroupedLinear.path`` says which, and so does the report.
 
 ======== ============================================================ ==============================================
 path     taken when                                                   what it does
 ======== ============================================================ ==============================================
-int4pack activations in bfloat16 or float16; codes of up to 4 bits;   few rows of activations go through torch's
-         all groups of the same size, a multiple of 32 inputs; a      kernel for 4 bits; more go as in ``columns``,
-         multiple of 16 outputs; AVX2 or AVX512                       from the kernel's form of the codes
+words    quantdock-kernels is installed, on a CPU with AVX2 or        few rows of activations go through its kernel
+         AVX512; all groups of the same size; groups and inputs that  for 2, 4 and 8 bits; more go as in ``columns``,
+         fill words of 32 bits (multiples of 8, for 4 bits)           from the kernel's form of the codes
+int4pack activations in bfloat16 or float16; codes of up to 4 bits;   the same with torch's kernel for 4 bits
+         all groups of the same size, a multiple of 32 inputs; a
+         multiple of 16 outputs; AVX2 or AVX512
 int8pack activations in bfloat16 or float16; codes of 8 bits; one     the same with torch's kernel for 8 bits
          group; zero points of 128; a multiple of 16 inputs; AVX2
          or AVX512
@@ -22,20 +25,20 @@ columns  everything else, training and other devices                  dequantize
 
 How many rows are few depends on what else the CPU has (``crossover.ROWS``).
 
-================================= ============================= =============================
-CPU                               rows on ``int4pack``          rows on ``int8pack``
-================================= ============================= =============================
-AMX                               up to 24                      up to 16
-AVX512 with bfloat16              up to 256                     up to 128
-AVX512 without bfloat16, AVX2     any                           any
-================================= ============================= =============================
+========================== ================= ==================== ====================
+CPU                        rows on ``words`` rows on ``int4pack`` rows on ``int8pack``
+========================== ================= ==================== ====================
+AMX                        up to 32          up to 24             up to 16
+AVX512 with bfloat16       any               up to 256            up to 128
+AVX512 without it, AVX2    any               any                  any
+========================== ================= ==================== ====================
 
-``dequantize`` defines what a weight is. In float32, ``columns`` multiplies with exactly that; in bfloat16, all paths
-round the scales to bfloat16 first. The two kernels' paths compute in bfloat16, and round activations in float16 to it,
-which gptqmodel does on CPU, too; with ``compute_dtype=torch.float16``, such a layer takes ``columns``, where (with
-scales of that dtype) nothing is rounded but the product. Of ten million weights, 4 bits take 0.7 ms for a row through
-the kernel, and 8 ms to dequantize. Activations in 8 bits, for which torch has faster kernels, would be another
-quantization than the stored one.
+``dequantize`` defines what a weight is. ``words`` multiplies with exactly that: no scale and no activation is rounded,
+products are summed as integers, and the result is rounded to the activations' dtype once, the same on any CPU. In
+float32, ``columns`` has the exact weight, too; in 16 bits it rounds it, like any dequantized model.
+Torch's two kernels compute in bfloat16: they round scales to it, and activations in float16, which gptqmodel does on
+CPU, too. With ``compute_dtype=torch.float16``, a layer that they would take takes ``columns``. Activations in 8 bits,
+for which torch has faster kernels, would be another quantization than the stored one.
 
 The kernel's form takes the place of the codes in memory at the first forward, and never leaves the process: whatever
 looks at a layer from outside (its state dict, a copy, a pickle) finds the stored tensors, bit for bit.

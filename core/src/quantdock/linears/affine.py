@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 Grouping = int | Tensor
 """Inputs per group, when input ``k`` is in group ``k // size``; else the group of each input, ``[in]``."""
 
-_STEP = 1 << 18  # elements that are dequantized at a time: in bfloat16, they fit into a second-level cache
+STEP = 1 << 18  # elements that are dequantized at a time: in bfloat16, they fit into a second-level cache
 _HALF_1024 = 0x6400  # the bits of 1024 in float16; its lowest bit counts 1, so that 1024 + code is an "or" away
 
 
@@ -51,29 +51,30 @@ Columns = Callable[[slice], Tensor]
 """Some outputs of a dequantized weight: ``[in, n]``, in the dtype of the activations."""
 
 
-def multiply_columns(x: Tensor, columns: Columns, outputs: int) -> Tensor:
+def multiply_columns(x: Tensor, columns: Columns, outputs: int, elements: int = STEP) -> Tensor:
     """``x @ weight``, with some outputs of the weight at a time; gradients pass to ``x``.
 
     Args:
         x: ``[rows, in]``.
         columns: the weight.
         outputs: how many the weight has.
+        elements: of the weight at a time.
 
     Returns:
         ``[rows, outputs]`` in the dtype of ``x``.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _Multiply.apply(x, columns, outputs)  # type: ignore[no-untyped-call]
+        result: Tensor = _Multiply.apply(x, columns, outputs, elements)  # type: ignore[no-untyped-call]
         return result
     result = x.new_empty(len(x), outputs)
-    for part in pieces(outputs, x.shape[1]):
+    for part in pieces(outputs, x.shape[1], elements):
         result[:, part] = x @ columns(part)
     return result
 
 
-def pieces(outputs: int, inputs: int) -> Iterator[slice]:
-    """The outputs, in pieces of a multiple of 64 with about as many weights as fit into a cache."""
-    step = max(1, _STEP // max(1, inputs) // 64) * 64
+def pieces(outputs: int, inputs: int, elements: int = STEP) -> Iterator[slice]:
+    """The outputs, in pieces of a multiple of 64 with about so many weights: as many as fit into a cache."""
+    step = max(1, elements // max(1, inputs) // 64) * 64
     for start in range(0, outputs, step):
         yield slice(start, min(start + step, outputs))
 
@@ -82,14 +83,14 @@ class _Multiply(torch.autograd.Function):
     """Dequantizes again on the way back, instead of keeping the weight for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: Columns, outputs: int) -> Tensor:
-        ctx.columns, ctx.inputs = columns, x.shape[1]
-        return multiply_columns(x, columns, outputs)
+    def forward(ctx: Any, x: Tensor, columns: Columns, outputs: int, elements: int) -> Tensor:
+        ctx.columns, ctx.inputs, ctx.elements = columns, x.shape[1], elements
+        return multiply_columns(x, columns, outputs, elements)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         result = gradient.new_zeros(len(gradient), ctx.inputs)
-        for part in pieces(gradient.shape[1], ctx.inputs):
+        for part in pieces(gradient.shape[1], ctx.inputs, ctx.elements):
             result.addmm_(gradient[:, part], ctx.columns(part).t())
-        return result, None, None
+        return result, None, None, None

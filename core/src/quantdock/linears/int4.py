@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantdock.linears.affine import pieces
+from quantdock.linears.affine import STEP, pieces
 from quantdock.linears.crossover import most_rows
 from quantdock.linears.weights import Weight
 
@@ -22,6 +22,7 @@ class Int4Form:
     """A weight in the kernel's form. It depends on the CPU, so it stays in this process."""
 
     rounds: ClassVar[bool] = True
+    elements: ClassVar[int] = STEP
     packed: Tensor
     """uint8 ``[outputs, inputs / 2]``, in the kernel's order."""
     scales: Tensor

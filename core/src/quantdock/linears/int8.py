@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantdock.linears.affine import pieces
+from quantdock.linears.affine import STEP, pieces
 from quantdock.linears.crossover import most_rows
 from quantdock.linears.weights import Weight
 
@@ -22,6 +22,7 @@ class Int8Form:
     """A weight in the kernel's form."""
 
     rounds: ClassVar[bool] = True
+    elements: ClassVar[int] = STEP
     signed: Tensor
     """int8 ``[outputs, inputs]``: the codes less 128."""
     scales: Tensor

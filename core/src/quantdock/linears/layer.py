@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -97,8 +98,8 @@ class GroupedLinear(nn.Module, ABC):
         elif 0 < rows.shape[0] <= form.most_rows and not (rows.requires_grad and torch.is_grad_enabled()):
             result = form.multiply(rows)
         else:
-            columns = form.columns
-            result = multiply_columns(form.arranged(rows), lambda part: columns(part, dtype), self.out_features)
+            columns = functools.partial(form.columns, dtype=dtype)
+            result = multiply_columns(form.arranged(rows), columns, self.out_features, form.elements)
         if self.bias is not None:
             result = result + self.bias.to(dtype)
         if x.dim() != 2:

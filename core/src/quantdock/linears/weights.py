@@ -44,6 +44,10 @@ class Form(Protocol):
         """Whether activations and scales are rounded to bfloat16, in which the kernel computes."""
 
     @property
+    def elements(self) -> int:
+        """Of the weight, to be dequantized at a time."""
+
+    @property
     def most_rows(self) -> int:
         """Of activations, for which the kernel is faster than dequantizing."""
 

@@ -25,6 +25,7 @@ class WordsForm:
     """
 
     rounds = False
+    elements = 1 << 22  # more than a cache holds, so that each thread has blocks to decode
 
     def __init__(self, weight: Weight) -> None:
         found, compiled = grouped(weight), kernels()

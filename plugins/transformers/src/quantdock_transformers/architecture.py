@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from quantdock import Architecture, Blocks, Chatter, LoadOutcome, Routing, Source, TensorSpec
+from quantdock import Architecture, Blocks, Chatter, LoadOutcome, Quantizer, Routing, Source, TensorSpec
 from quantdock_transformers.conversions import route
+from quantdock_transformers.experts import modular
 from quantdock_transformers.recognition import forget, mark
 
 
@@ -31,18 +32,21 @@ class TransformersArchitecture(Architecture):
         self._missing = _patterns(model._keys_to_ignore_on_load_missing)
         self._buffers = [name for name, _ in model.named_buffers()]
         self._transforms: list[Any] | None = None
+        self._modular: list[Any] = []
         self._other_parts: set[str] = set()
 
     def route(self, stored: Mapping[str, TensorSpec], slots: Mapping[str, TensorSpec]) -> Routing:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         self._transforms = get_model_conversion_mapping(self._model)
+        self._modular = modular(self._transforms)
         routing = route(
             self._transforms,
             stored,
             slots,
             config=self._model.config,
             base_model_prefix=self._model.base_model_prefix,
+            modular=self._modular,
         )
         if self._is_part:
             matched = [source for conversion in routing.conversions for source in conversion.sources]
@@ -142,7 +146,10 @@ class TransformersArchitecture(Architecture):
         if self._transforms is not None:
             # What save_pretrained undoes: the conversions that this checkpoint needed. A checkpoint of another format
             # was routed by its own plugin, and is saved as transformers saves the architecture.
-            model._weight_conversions = [transform for transform in self._transforms if transform.was_used()]
+            transforms = [*self._transforms, *self._modular]
+            model._weight_conversions = [transform for transform in transforms if transform.was_used()]
+        if not any(map(_has_pieces, outcome.quantizers)):
+            self._leave_modular_names()
         if outcome.quantization_config is not None:
             mark(model, outcome.quantizers, outcome.quantization_config)
 
@@ -156,6 +163,13 @@ class TransformersArchitecture(Architecture):
 
     def forget_quantization(self) -> None:
         forget(self._model)
+        self._leave_modular_names()
+
+    def _leave_modular_names(self) -> None:
+        """Save experts as transformers saves the architecture: under modular names they are read quantized, and in full
+        precision only here."""
+        if any(transform.was_used() for transform in self._modular):
+            self._model._weight_conversions = None
 
     def chatter(self, source: Source) -> Chatter | None:
         from quantdock_transformers.chatting import open_chat
@@ -171,6 +185,10 @@ class TransformersArchitecture(Architecture):
             _complete(folder / "config.json", quantization)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
+
+
+def _has_pieces(quantizer: Quantizer[Any]) -> bool:
+    return any(map(quantizer.stored_in_pieces, quantizer.parameters.values()))
 
 
 def _complete(path: Path, quantization: Mapping[str, Any]) -> None:

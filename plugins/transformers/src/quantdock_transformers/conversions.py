@@ -53,6 +53,7 @@ def route(
     *,
     config: Any,
     base_model_prefix: str,
+    modular: Sequence[Any] = (),
 ) -> Routing:
     """Match stored tensors with parameters.
 
@@ -62,11 +63,15 @@ def route(
         slots: parameter name -> dtype and shape in full precision.
         config: the model's config object, which some operations read.
         base_model_prefix: the name of the base model inside a model with a head.
+        modular: converters of experts' modular names (``experts.modular``); those that match are marked as used.
+
+    Raises:
+        LedgerError: one parameter is stored under two kinds of names, or its parts don't fit together.
     """
     from transformers.core_model_loading import WeightConverter
 
-    names = Names(transforms, slots, base_model_prefix)
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    names = Names(transforms, slots, base_model_prefix, modular)
+    converters = [entry for entry in (*modular, *transforms) if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     collected: dict[str, _Collected] = {}
     conversions: list[Conversion] = []
@@ -78,12 +83,45 @@ def route(
         elif pattern is None:
             conversions.append(rename(key, target, stored[key]))
         else:
-            if target not in collected:
-                collected[target] = _Collected(by_pattern[pattern])
-            collected[target].keys[pattern].append(key)
+            group = collected.setdefault(target, _Collected(by_pattern[pattern]))
+            _expect_one_spelling(target, group, by_pattern[pattern], key)
+            group.keys[pattern].append(key)
     converting = _Converting(stored, slots, config)
+    for target, group in collected.items():
+        converting.expect_alike(target, group)
+        _expect_each_part(target, group, unmatched)
     conversions += [converting.conversion(target, group) for target, group in collected.items()]
     return Routing(conversions=conversions, unmatched=unmatched)
+
+
+def _expect_one_spelling(target: str, group: _Collected, converter: Any, key: str) -> None:
+    if group.converter is not converter:
+        raise LedgerError(
+            f"the checkpoint and the model don't match: {target!r} is stored under two kinds of names, and there is no "
+            "telling which are meant; remove one of them. Nothing was loaded.",
+            [f"{name!r} is a part of {target!r}" for name in (group.sources[0], key)],
+        )
+
+
+def _expect_each_part(target: str, group: _Collected, unmatched: Mapping[str, str]) -> None:
+    """What is stacked and then joined is there as often as what it is joined with (gates beside ups)."""
+    joined = [type(operation).__name__ for operation in group.converter.operations] == list(_JOINING)
+    counts = {pattern: len(group.keys[pattern]) for pattern in group.converter.source_patterns if pattern in group.keys}
+    alone = len(counts) == 1 < len(group.converter.source_patterns)
+    if joined and (alone or len(set(counts.values())) > 1):
+        module = target.rpartition(".")[0]
+        raise LedgerError(
+            f"the checkpoint and the model don't match: {target!r} is joined from as many tensors of each kind, and "
+            "there aren't. Nothing was loaded.",
+            [
+                *(f"{len(group.keys.get(p, ()))} are called {p!r}" for p in group.converter.source_patterns),
+                *(
+                    f"stored tensor {key!r} has no parameter in the model"
+                    for key, name in unmatched.items()
+                    if name.startswith(f"{module}.")
+                ),
+            ],
+        )
 
 
 class _Converting:
@@ -114,7 +152,6 @@ class _Converting:
         Operations that only join look at nothing but their tensors, so experts of the same shapes are joined once and
         not in each of a thousand layers.
         """
-        self._expect_alike(target, group)
         key: Hashable = None
         if all(type(operation).__name__ in _JOINING for operation in group.converter.operations):
             shapes = [(pattern, *(self._stored[name].shape for name in names)) for pattern, names in group.keys.items()]
@@ -127,7 +164,7 @@ class _Converting:
             self._known[key] = made[target]
         return made
 
-    def _expect_alike(self, target: str, group: _Collected) -> None:
+    def expect_alike(self, target: str, group: _Collected) -> None:
         """What is stacked has one shape.
 
         Raises:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from quantdock_transformers.experts import FUSED, MODULAR
+
 _OF_WORDS = re.compile(r"\^?([\w.]|\\\.|\*\.)+")
 """Patterns of words, ``.`` (any character), ``\\.`` and ``*.`` (transformers' ``.*\\.``): each word is needed."""
 
@@ -31,14 +33,22 @@ class Names:
         transforms: transformers' ``WeightTransform`` objects; those that match are marked as used.
         slots: the parameters, by name.
         base_model_prefix: the name of the base model inside a model with a head.
+        modular: converters of experts' modular names, for what transformers has no parameter for.
     """
 
-    def __init__(self, transforms: Sequence[Any], slots: Mapping[str, object], base_model_prefix: str) -> None:
+    def __init__(
+        self,
+        transforms: Sequence[Any],
+        slots: Mapping[str, object],
+        base_model_prefix: str,
+        modular: Sequence[Any] = (),
+    ) -> None:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         self._rule = rename_source_key
         self._slots = slots
         self._prefix = base_model_prefix
+        self._modular = modular
         self._renamings = [(_applies(entry), entry) for entry in transforms if isinstance(entry, WeightRenaming)]
         self._converters = [(_applies(entry), entry) for entry in transforms if isinstance(entry, WeightConverter)]
         self._any_renaming = _applies(*(entry for _, entry in self._renamings))
@@ -48,9 +58,22 @@ class Names:
         pattern when the stored tensor is the parameter as it is."""
         target, pattern = self._renamed(key)
         target = self._prefixed(target)
-        if target not in self._slots and key in self._slots:
+        if target in self._slots:
+            return target, pattern
+        if key in self._slots:
             return self._prefixed(key), None
-        return target, pattern
+        return self._of_expert(target) or self._of_expert(key) or (target, pattern)
+
+    def _of_expert(self, key: str) -> tuple[str, str] | None:
+        """The fused parameter that one expert's weight is a part of, where there is one."""
+        match = MODULAR.fullmatch(key) if self._modular else None
+        if match is None or self._prefixed(f"{match['experts']}.{FUSED[match['kind']]}") not in self._slots:
+            return None
+        for converter in self._modular:
+            target, pattern = converter.rename_source_key(key)
+            if pattern is not None:
+                return self._prefixed(target), pattern
+        return None
 
     def _renamed(self, key: str) -> tuple[str, str | None]:
         if self._any_renaming(key):

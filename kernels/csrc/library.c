@@ -1,9 +1,15 @@
-/* What the library says of itself. This file is compiled once, for any processor of the architecture. */
+/* What the library says of itself, and of memory. This file is compiled once, for any processor of the architecture. */
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#include <stdint.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
 EXPORT int qd_abi(void);
 EXPORT const char *qd_instruction_sets(void);
+EXPORT void qd_prefer_large_pages(void *memory, int64_t bytes);
 
 /* Raised when a function is added, removed or called differently; the Python package has to agree with it. */
 int qd_abi(void) { return QUANTDOCK_KERNELS_ABI; }
@@ -20,4 +26,16 @@ const char *qd_instruction_sets(void) {
         return "avx2 baseline";
 #endif
     return "baseline";
+}
+
+/* Ask for pages of 2 MB where whole ones fit: reading goes further then before an address has to be looked up. */
+void qd_prefer_large_pages(void *memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    uintptr_t size = 1 << 21, first = ((uintptr_t)memory + size - 1) & ~(size - 1);
+    uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) & ~(size - 1);
+    if (first < end)
+        madvise((void *)first, end - first, MADV_HUGEPAGE); /* a wish: that it isn't granted is no error */
+#else
+    (void)memory, (void)bytes;
+#endif
 }

@@ -33,7 +33,7 @@
 #define STEP 128 /* inputs that have a power of two of their own, at most; products.py has it, too */
 #define DIGITS 3
 #define FRACTION 22 /* the largest activation of a step becomes an integer of at most so many bits, and a sign */
-#define AHEAD 16    /* words of an output that memory is asked for ahead of time */
+#define AHEAD 40    /* words of an output that memory is asked for ahead of time */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -44,8 +44,8 @@ struct matrix {
     /* Blocks of [inputs / (32 / bits), 64], the last one with as many outputs as are left. Byte i of a word has the codes i,
        i + 4, and so on of its outputs' codes, from its lowest bits on. */
     const uint32_t *words;
-    const void *scales;   /* [groups, outputs] */
-    const uint8_t *zeros; /* [groups, outputs] */
+    const void *scales;   /* blocks of [groups, 64] */
+    const uint8_t *zeros; /* the same */
     int64_t inputs, outputs, group;
     int bits, scales_dtype;
 };
@@ -168,6 +168,11 @@ INLINE floats load_zeros(const uint8_t *from, int lanes) {
     return zeros;
 }
 
+/* Where the parameters of a group are, in a block. */
+INLINE int64_t of_group(const struct matrix *m, int64_t block, int64_t width, int64_t group) {
+    return block * BLOCK * ((m->inputs + m->group - 1) / m->group) + group * width;
+}
+
 #define MOST 4 /* rows, and vectors */
 
 /* What is constant in the loops. */
@@ -183,16 +188,16 @@ struct place {
 
 /* The products of a step, digit by digit. */
 INLINE void add_products(
-    const struct product *p, struct place at, int64_t first, int64_t count, ints sums[MOST][MOST][DIGITS], struct shape s) {
+    const struct product *p, struct place here, int64_t first, int64_t count, ints sums[MOST][MOST][DIGITS], struct shape s) {
     const struct matrix *m = p->matrix;
     int per_word = 32 / s.bits, places = 8 / s.bits;
-    const uint32_t *from = m->words + (at.block * BLOCK * m->inputs + first * at.width) / per_word + at.column;
-    const int8_t *digits = p->digits + at.row * DIGITS * m->inputs + first;
-    for (int64_t k = 0; k < count; k += per_word, from += at.width)
+    const uint32_t *from = m->words + (here.block * BLOCK * m->inputs + first * here.width) / per_word + here.column;
+    const int8_t *digits = p->digits + here.row * DIGITS * m->inputs + first;
+    for (int64_t k = 0; k < count; k += per_word, from += here.width)
         for (int v = 0; v < s.vectors; v++) {
             words w = {0};
-            memcpy(&w, from + v * LANES, at.lanes == LANES ? sizeof w : (size_t)(4 * at.lanes));
-            __builtin_prefetch(from + AHEAD * at.width + v * LANES);
+            memcpy(&w, from + v * LANES, here.lanes == LANES ? sizeof w : (size_t)(4 * here.lanes));
+            __builtin_prefetch(from + AHEAD * here.width + v * LANES);
 #pragma GCC unroll 4
             for (int place = 0; place < places; place++) {
                 words codes = w >> (uint32_t)(place * s.bits) & ((1u << s.bits) - 1) * 0x01010101u;
@@ -206,25 +211,30 @@ INLINE void add_products(
         }
 }
 
-INLINE void add_outputs(const struct product *p, struct place at, struct shape s) {
+INLINE void add_outputs(const struct product *p, struct place here, struct shape s) {
     const struct matrix *m = p->matrix;
-    int64_t output = at.block * BLOCK + at.column;
-    const struct step *step = p->steps + at.row * p->steps_of_row;
+    int64_t output = here.block * BLOCK + here.column;
+    const struct step *step = p->steps + here.row * p->steps_of_row;
     floats totals[MOST][MOST];
     for (int r = 0; r < s.rows; r++)
         for (int v = 0; v < s.vectors; v++)
             totals[r][v] = (floats){0};
     EACH_STEP(m, group, first, count) {
+        int64_t parameters = of_group(m, here.block, here.width, group) + here.column;
+        for (int v = 0; v < s.vectors; v++) {
+            __builtin_prefetch(at(m->scales, parameters + v * LANES, (enum dtype)m->scales_dtype));
+            __builtin_prefetch(m->zeros + parameters + v * LANES);
+        }
         ints sums[MOST][MOST][DIGITS];
         for (int r = 0; r < s.rows; r++)
             for (int v = 0; v < s.vectors; v++)
                 for (int d = 0; d < DIGITS; d++)
                     sums[r][v][d] = (ints){0};
-        add_products(p, at, first, count, sums, s);
+        add_products(p, here, first, count, sums, s);
         for (int v = 0; v < s.vectors; v++) {
-            int64_t i = group * m->outputs + output + v * LANES;
-            floats scales = load_scales(m->scales, i, at.lanes, (enum dtype)m->scales_dtype);
-            floats zeros = load_zeros(m->zeros + i, at.lanes);
+            int64_t i = parameters + v * LANES;
+            floats scales = load_scales(m->scales, i, here.lanes, (enum dtype)m->scales_dtype);
+            floats zeros = load_zeros(m->zeros + i, here.lanes);
             for (int r = 0; r < s.rows; r++) {
                 const struct step *own = step + r * p->steps_of_row;
                 floats sum = {0};
@@ -237,31 +247,31 @@ INLINE void add_outputs(const struct product *p, struct place at, struct shape s
     }
     for (int r = 0; r < s.rows; r++)
         for (int v = 0; v < s.vectors; v++)
-            for (int l = 0; l < at.lanes; l++)
-                store(p->y, (at.row + r) * m->outputs + output + v * LANES + l, totals[r][v][l], (enum dtype)p->dtype);
+            for (int l = 0; l < here.lanes; l++)
+                store(p->y, (here.row + r) * m->outputs + output + v * LANES + l, totals[r][v][l], (enum dtype)p->dtype);
 }
 
-INLINE void add_rows(const struct product *p, struct place at, struct shape s) {
-    at.lanes = LANES;
-    for (at.column = 0; at.column + s.vectors * LANES <= at.width; at.column += s.vectors * LANES)
-        add_outputs(p, at, s);
+INLINE void add_rows(const struct product *p, struct place here, struct shape s) {
+    here.lanes = LANES;
+    for (here.column = 0; here.column + s.vectors * LANES <= here.width; here.column += s.vectors * LANES)
+        add_outputs(p, here, s);
     s.vectors = 1;
-    for (; at.column < at.width; at.column += LANES) {
-        at.lanes = (int)least(LANES, at.width - at.column);
-        add_outputs(p, at, s);
+    for (; here.column < here.width; here.column += LANES) {
+        here.lanes = (int)least(LANES, here.width - here.column);
+        add_outputs(p, here, s);
     }
 }
 
 INLINE void take_blocks(struct product *p, int bits) {
     for (;;) {
-        struct place at = {.block = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)};
-        at.width = least(BLOCK, p->matrix->outputs - at.block * BLOCK);
-        if (at.width <= 0)
+        struct place here = {.block = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)};
+        here.width = least(BLOCK, p->matrix->outputs - here.block * BLOCK);
+        if (here.width <= 0)
             return;
-        for (; at.row + 2 <= p->rows; at.row += 2)
-            add_rows(p, at, (struct shape){bits, 2, TOGETHER});
-        if (at.row < p->rows)
-            add_rows(p, at, (struct shape){bits, 1, ALONE});
+        for (; here.row + 2 <= p->rows; here.row += 2)
+            add_rows(p, here, (struct shape){bits, 2, TOGETHER});
+        if (here.row < p->rows)
+            add_rows(p, here, (struct shape){bits, 1, ALONE});
     }
 }
 
@@ -333,7 +343,7 @@ INLINE void decode_block(const struct part *p, int64_t column, int64_t width, en
     for (int64_t k = 0; k < m->inputs; k += per_word, from += width) {
         if (k % m->group == 0)
             for (int64_t n = 0; n < width; n++) {
-                int64_t i = k / m->group * m->outputs + p->first + column + n;
+                int64_t i = of_group(m, (p->first + column) / BLOCK, width, k / m->group) + n;
                 scales[n] = load(m->scales, i, (enum dtype)m->scales_dtype);
                 zeros[n] = m->zeros[i];
             }

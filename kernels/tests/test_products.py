@@ -137,6 +137,15 @@ def test_as_exact_as_a_sum_in_float32(bits: int, dtype: torch.dtype, bound: floa
     assert (found - expected).norm() <= bound * expected.norm()
 
 
+@pytest.mark.parametrize("count", [0, 5, 1 << 19, (1 << 20) + 3])
+def test_room_for_words(count: int) -> None:
+    words = kernels.WordMatrix.room(count)
+    assert (words.dtype, words.shape) == (torch.int32, (count,))
+    assert count < 1 << 19 or words.data_ptr() % (1 << 21) == 0
+    words.fill_(7)  # all of it is there
+    assert int(words.sum()) == 7 * count
+
+
 def test_threads_change_nothing() -> None:
     made, before = stored(inputs=512, outputs=1000), torch.get_num_threads()
     x = activations("usual", 5, 512, torch.bfloat16, seed=2)

@@ -37,6 +37,8 @@ def load(path: Path) -> ctypes.CDLL:
             f"{path} has ABI {abi}, expected {ABI}: it was built from other sources; install quantdock-kernels again"
         )
     library.qd_instruction_sets.restype = ctypes.c_char_p
+    library.qd_prefer_large_pages.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    library.qd_prefer_large_pages.restype = None
     return library
 
 
@@ -52,6 +54,11 @@ def _library() -> ctypes.CDLL:
         f"quantdock-kernels has no compiled library in {' or '.join(map(str, folders))}; install it again, "
         "from a wheel or with a C compiler"
     )
+
+
+def prefer_large_pages(address: int, size: int) -> None:
+    """Ask the system for large pages in memory that nobody has touched yet."""
+    _library().qd_prefer_large_pages(address, size)
 
 
 @functools.cache

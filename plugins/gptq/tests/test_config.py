@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_named(fields: dict[str, Any], message: str) -> Non
 
 
 def test_how_codes_are_found() -> None:
-    assert GPTQConfig().search("x") == Search(damp_percent=0.1, static_groups=False, act_group_aware=True)
+    assert GPTQConfig().search("x") == Search(damp_percent=0.05, static_groups=False, act_group_aware=True)
     assert not GPTQConfig(desc_act=True).search("x").act_group_aware
     assert not GPTQConfig(act_group_aware=False).search("x").act_group_aware
     assert not GPTQConfig(static_groups=True).search("x").act_group_aware

@@ -120,13 +120,14 @@ def test_one_row_is_quantized_as_a_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_bits_are_those_of_transformers(weights: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    pytest.importorskip("quantdock_transformers", reason="loads a model of transformers'")
     from tests.tiny_models import logits_of, make_tiny
-    from transformers import AutoModelForCausalLM
-    from transformers import QuantoConfig as Theirs
 
-    source = make_tiny("llama", tmp_path / "llama")
-    theirs = AutoModelForCausalLM.from_pretrained(source, device_map="cpu", quantization_config=Theirs(weights=weights))
-    ours = quantdock.load(source, quantize=Theirs(weights=weights))
+    source, config = make_tiny("llama", tmp_path / "llama"), transformers.QuantoConfig(weights=weights)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(source, device_map="cpu", quantization_config=config)
+    ours = quantdock.load(source, quantize=config)
     left, right = ours.state_dict(), theirs.state_dict()
     assert left.keys() == right.keys()
     for name, tensor in right.items():
@@ -140,9 +141,9 @@ def test_bits_are_those_of_transformers(weights: str, tmp_path: Path) -> None:
 
 
 def test_the_config_is_transformers() -> None:
-    from transformers import QuantoConfig as Theirs
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
 
-    theirs = Theirs(weights="float8", modules_to_not_convert=["lm_head"])
+    theirs = transformers.QuantoConfig(weights="float8", modules_to_not_convert=["lm_head"])
     ours = QuantoConfig.from_dict(theirs.to_dict() | {"quant_method": "quanto"})
     assert ours == QuantoConfig(weights="float8", modules_to_not_convert=("lm_head",))
     assert json.loads(json.dumps(theirs.to_dict())) == ours.to_dict()

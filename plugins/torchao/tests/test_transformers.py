@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import logits_of, make_tiny
 
 import quantdock
 from quantdock_torchao import tensors, upstream
+
+pytest.importorskip("quantdock_transformers", reason="compares with transformers")
+from tests.tiny_models import logits_of, make_tiny
 
 ao: Any = upstream.module("torchao.quantization")
 METHODS: dict[str, Callable[[], Any]] = {

@@ -33,7 +33,7 @@ class WordsForm:
         assert compiled is not None
         size, self._order = found
         self._bits, self._inputs, self._outputs = _BITS[weight.bits], weight.inputs, weight.outputs
-        self._words = torch.empty(self._row * weight.outputs, dtype=torch.int32, device="cpu")
+        self._words = compiled.WordMatrix.room(self._row * weight.outputs)
         for part in pieces(weight.outputs, weight.inputs):
             codes = weight.codes(part)
             self._write(part.start, codes if self._order is None else codes.index_select(0, self._order))

@@ -23,8 +23,9 @@ _CALIBRATION = frozenset({"act_group_aware", "damp_auto_increment", "damp_percen
 """Fields that say how codes were found, and nothing about what they stand for."""
 _DATA = frozenset({"batch_size", "dataset", "model_seqlen", "tokenizer"})
 """Fields of calibration data, which no checkpoint keeps."""
-DAMPING = 0.1
-"""``damp_percent`` where nobody says: transformers' choice. gptqmodel's is 0.05, which fits more to few samples."""
+DAMPING = 0.05
+"""``damp_percent`` where nobody says: gptqmodel's choice. transformers' is 0.1, which leaves more of the error: of
+SmolLM2-135M's perplexity, 15.14 in bfloat16, 128 samples of 512 tokens make 18.03, and 18.26 with 0.1."""
 _DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 _OPTIONAL = (
     *("static_groups", "act_group_aware", "damp_percent", "true_sequential", "dynamic"),
@@ -104,7 +105,7 @@ class GPTQConfig(QuantizationConfig):
     act_group_aware: bool | None = None
     """Taken for true where inputs are in order (``desc_act`` and ``static_groups`` are false)."""
     damp_percent: float | None = None
-    """Of the Hessian's mean diagonal, added to its diagonal; 0.1 if not given. More, by 0.01 each time, where that
+    """Of the Hessian's mean diagonal, added to its diagonal; 0.05 if not given. More, by 0.01 each time, where that
     isn't enough to invert it."""
     true_sequential: bool | None = None
     """Layers of a block see what the quantized layers before them make of their inputs; true if not given."""

@@ -43,6 +43,9 @@ class CalibrationOutcome:
     """What the plan says the method allocates for one block: statistics and temporaries."""
     largest_block_nbytes: int
     """Weights of the largest block in full precision."""
+    seen_nbytes: int
+    """The most that weights of blocks took in full precision, of all looks at what there is."""
+    looks: int
     versions: Mapping[str, str]
 
     @property
@@ -55,6 +58,7 @@ def measure(job: CalibrationJob) -> CalibrationOutcome:
     """Import, calibrate something tiny, plan, calibrate."""
     import quantdock
     from benchmarks import contents
+    from benchmarks.alive import Alive
 
     config = {**job.config, "dataset": _tokens(job), "batch_size": 1}
     quantdock.load(job.warm_up, quantize=config, progress=False)
@@ -67,6 +71,8 @@ def measure(job: CalibrationJob) -> CalibrationOutcome:
         for chosen in calibrating.chosen
         for block in blocks
     )
+    shapes = {parameter.spec.shape for block in blocks for parameter in block}
+    (dtype,) = {parameter.spec.dtype for block in blocks for parameter in block}
     facts = {
         "predicted_nbytes": plan.resident_nbytes,
         "peak_nbytes": plan.peak_nbytes,
@@ -80,13 +86,16 @@ def measure(job: CalibrationJob) -> CalibrationOutcome:
     residency.reset_peak()
     level = residency.level()
     start = time.perf_counter()
-    model = quantdock.load(job.folder, quantize=config, progress=False)
+    with Alive(shapes, dtype) as alive:
+        model = quantdock.load(job.folder, quantize=config, progress=False)
     seconds = time.perf_counter() - start
     contents.touch(model)
     return CalibrationOutcome(
         seconds=seconds,
         growth=residency.peak() - level.anonymous - level.file,
         model_nbytes=quantdock.report(model).measured_nbytes,
+        seen_nbytes=alive.most,
+        looks=alive.looks,
         versions=versions(),
         **facts,
     )

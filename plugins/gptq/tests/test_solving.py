@@ -169,9 +169,11 @@ def test_a_wider_layer_than_one_piece() -> None:
 def test_damping_grows_until_it_is_enough() -> None:
     hessian = torch.eye(4)
     hessian[0, 1] = hessian[1, 0] = 1.04  # no Hessian, but next to one; not positive definite below a damping of 0.04
-    factor, damping = solving.inverse_factor(hessian.clone(), 0.01)
+    before, order = hessian.clone(), torch.tensor([2, 0, 3, 1])
+    factor, damping = solving.inverse_factor(hessian, hessian.diagonal(), order, 0.01)
     assert damping == pytest.approx(0.05)
-    damped = hessian + damping * torch.eye(4)
+    assert torch.equal(hessian, before)
+    damped = hessian[order][:, order] + damping * torch.eye(4)
     assert torch.allclose(factor.t() @ factor @ damped, torch.eye(4), atol=1e-4)
 
 
@@ -181,7 +183,7 @@ def test_a_hessian_that_no_damping_helps() -> None:
     with pytest.raises(
         CalibrationError, match=r"can't be inverted, damped by 0\.05 up to 1 of its mean diagonal \(1\)"
     ):
-        solving.inverse_factor(hessian, 0.05)
+        solving.inverse_factor(hessian, hessian.diagonal(), torch.arange(4), 0.05)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

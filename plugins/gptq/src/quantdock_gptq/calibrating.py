@@ -182,9 +182,9 @@ def calibration_bytes(parameters: Sequence[Parameter], rows: int, *, sequential:
         hessians = max(siblings[_place(name)] * square for name, square in squares.items())
     else:
         hessians = sum(each[name] * square for name, square in squares.items())
-    # The Hessian in order, its factor, the inverse and the inverse's; the weight in float32 twice, its codes twice.
+    # The Hessian in order, and its factor, or what these become; the weight in float32 twice, its codes twice.
     weights = max(12 * parameter.spec.numel // _matrices(parameter) for parameter in parameters)
-    largest = max(4 * square for square in squares.values()) + weights
+    largest = max(2 * square for square in squares.values()) + weights
     return hessians + largest + 4 * rows * max(map(inputs_of, parameters))
 
 

@@ -29,26 +29,31 @@ class Hessian:
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.rows = 0
+        self._scaled = False
         self._sum = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
 
     def add(self, activations: Tensor) -> None:
-        """``[rows, inputs]``, any floating dtype."""
+        """``[rows, inputs]``, any floating dtype; before anybody has asked for the mean."""
+        assert not self._scaled
         values = activations.float()
         self._sum.addmm_(values.t(), values)
         self.rows += len(values)
 
     def mean(self) -> Tensor:
-        """``2 / rows * sum``, ``[inputs, inputs]``; of at least one row.
+        """``2 / rows * sum``, ``[inputs, inputs]``; of at least one row. No copy: nothing else is as large.
 
         Raises:
             CalibrationError: activations were infinite or not numbers.
         """
+        if self._scaled:
+            return self._sum
         if not bool(torch.isfinite(self._sum).all()):
             raise CalibrationError(
                 "activations on the calibration data are infinite or not numbers; load in another dtype (bfloat16 or "
                 "float32), or look for what is wrong with the data or the checkpoint"
             )
-        return self._sum * (2 / self.rows)
+        self._scaled = True
+        return self._sum.mul_(2 / self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,40 +88,46 @@ def prepare(hessian: Tensor, settings: Settings, search: Search) -> Prepared:
     """Order, damp and invert a Hessian.
 
     Args:
-        hessian: float32 ``[inputs, inputs]``; overwritten.
+        hessian: float32 ``[inputs, inputs]``; not changed.
         settings: group size, and whether inputs are ordered by their activations.
         search: damping, and how they are ordered otherwise.
 
     Raises:
         CalibrationError: it can't be inverted, however much it is damped.
     """
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    diagonal.masked_fill_(dead, 1)
+    dead = hessian.diagonal() == 0
+    diagonal = hessian.diagonal().masked_fill(dead, 1)
     order = _order(diagonal, settings, search)
-    factor, damping = inverse_factor(hessian[order][:, order], search.damp_percent)
+    factor, damping = inverse_factor(hessian, diagonal, order, search.damp_percent)
     return Prepared(order=order, dead=dead, factor=factor, damping=damping)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper Cholesky factor of the damped inverse, and the damping that it took.
 
     Args:
-        hessian: ``[inputs, inputs]``, symmetric; its diagonal is overwritten.
+        hessian: ``[inputs, inputs]``, symmetric; not changed. At most two matrices as large are there beside it.
+        diagonal: ``[inputs]``, which takes the place of the Hessian's.
+        order: int64 ``[inputs]``: of the rows and columns of what is inverted.
         damping: share of the mean diagonal that is added to it, at the least.
 
     Raises:
         CalibrationError: no damping below 1 is enough.
     """
-    original, mean = hessian.diagonal().clone(), hessian.diagonal().mean()
-    tried = damping
+    mean, tried = diagonal.mean(), damping
     while tried < 1:
-        hessian.diagonal().copy_(original + tried * mean)
-        factor, failed = torch.linalg.cholesky_ex(hessian)
+        matrix = hessian.index_select(0, order)
+        matrix = matrix.index_select(1, order)
+        matrix.diagonal().copy_((diagonal + tried * mean)[order])
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            del matrix
+            matrix = torch.cholesky_inverse(factor)
+            del factor
+            factor, failed = torch.linalg.cholesky_ex(matrix, upper=True)
             if not failed and bool(torch.isfinite(factor).all()):
                 return factor, tried
+        del matrix, factor
         tried += _INCREMENT
     raise CalibrationError(
         f"the Hessian of the activations can't be inverted, damped by {damping:g} up to 1 of its mean diagonal "

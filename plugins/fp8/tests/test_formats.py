@@ -77,6 +77,16 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Tensor], Tensor]] = {
         {"weight_scale_inv": single(2, 3).bfloat16()},
         blocks(single(2, 3).bfloat16().float(), 128, 128),
     ),
+    "blocks with scales in float16": (
+        DEEPSEEK,
+        {"weight_scale_inv": single(2, 3).half()},
+        blocks(single(2, 3).half().float(), 128, 128),
+    ),
+    "blocks with one-byte scales, as plain bytes": (
+        DEEPSEEK | {"scale_fmt": "ue8m0"},
+        {"weight_scale_inv": exponents(2, 3)},
+        blocks(torch.exp2(exponents(2, 3).float() - 127), 128, 128),
+    ),
     "transformers, static": (
         {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": True},
         {"weight_scale_inv": single()[...], "activation_scale": torch.tensor(0.5)},

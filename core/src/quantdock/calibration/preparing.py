@@ -122,7 +122,7 @@ def prepare(skeleton: Skeleton, match: Match, selection: Selection, source: Sour
     if not blocks.paths:
         raise CalibrationError(
             f"{type(model).__name__} has no list of blocks that run one after another, so it can't be calibrated; "
-            "quantize it without data"
+            "use a method that needs no data"
         )
     chosen = [one for one, _ in asked]
     parameters = _by_block(blocks, chosen)

@@ -152,7 +152,7 @@ def test_the_plugin_that_is_missing_is_named(folder: Path) -> None:
 
 
 def test_claims_are_listed_without_importing_anything(claim: Claim) -> None:
-    claim("claiming-plugin", "some.library.Config", "no_such_module:read")
+    claim("claiming-plugin", "theirs.configs.Config", "no_such_module:read")
     listed = json.loads(CliRunner().invoke(app, ["plugins", "--json"]).stdout)["plugins"]
     (found,) = [one for one in listed if one["kind"] == "config" and one["distribution"] == "claiming-plugin"]
-    assert found["name"] == "some.library.Config"
+    assert found["name"] == "theirs.configs.Config"

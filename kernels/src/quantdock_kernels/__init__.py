@@ -2,7 +2,7 @@
 
 Every function writes into tensors that the caller brings, checks them before anything is written, and releases the GIL
 while it runs. What each computes is defined by the operation of ``quantdock.ops`` that it stands behind; the bits are
-the same for every instruction set.
+the same for every instruction set. Products (``WordMatrix``) are defined by themselves, and make their results.
 """
 
 from __future__ import annotations

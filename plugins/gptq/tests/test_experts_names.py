@@ -74,29 +74,28 @@ def test_is_what_it_is_under_its_own_names(tmp_path: Path, form: str) -> None:
     assert same_files(tmp_path / "plain", tmp_path / "restored")
 
 
+def save_quantized(folder: Path, skip: str) -> tuple[Path, Path]:
+    """Quantize and save one model, read under its own names and under gptqmodel's."""
+    original, saved = model_of("mixtral", inner=128), []
+    for name in ("own", "it"):
+        original.save_pretrained(folder / name)
+        if name == "it":
+            rename(folder / name)
+        model = quantdock.load(folder / name, quantize="gptq-int4", skip=[skip])
+        saved.append(quantdock.save(model, folder / f"{name}-saved"))
+        assert torch.equal(logits(quantdock.load(saved[-1])), logits(model))
+    return saved[0], saved[1]
+
+
 def test_quantizing_keeps_the_names(tmp_path: Path) -> None:
-    original = model_of("mixtral", inner=128)
-    for folder in ("own", "it"):
-        original.save_pretrained(tmp_path / folder)
-    rename(tmp_path / "it")
-    for folder in ("own", "it"):
-        model = quantdock.load(tmp_path / folder, quantize="gptq-int4", skip=["*.layers.0.mlp.experts.*"])
-        quantdock.save(model, tmp_path / f"{folder}-saved")
-        assert torch.equal(logits(quantdock.load(tmp_path / f"{folder}-saved")), logits(model))
-    rename(tmp_path / "own-saved")
-    assert same_files(tmp_path / "own-saved", tmp_path / "it-saved")
+    own, it = save_quantized(tmp_path, "*.layers.0.mlp.experts.*")
+    rename(own)
+    assert same_files(own, it)
 
 
 def test_experts_left_in_full_precision_get_their_own_names(tmp_path: Path) -> None:
-    original = model_of("mixtral", inner=128)
-    for folder in ("own", "it"):
-        original.save_pretrained(tmp_path / folder)
-    rename(tmp_path / "it")
-    for folder in ("own", "it"):
-        model = quantdock.load(tmp_path / folder, quantize="gptq-int4", skip=["*.experts.*"])
-        quantdock.save(model, tmp_path / f"{folder}-saved")
-        assert torch.equal(logits(quantdock.load(tmp_path / f"{folder}-saved")), logits(model))
-    assert same_files(tmp_path / "own-saved", tmp_path / "it-saved")
+    own, it = save_quantized(tmp_path, "*.experts.*")
+    assert same_files(own, it)
 
 
 def test_both_kinds_of_names(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantdock.linears.affine import STEP, pieces
 from quantdock.linears.crossover import most_rows
-from quantdock.linears.weights import Weight
+from quantdock.linears.weights import Weight, grouped
 
 _GROUPS = (256, 128, 64, 32)  # inputs per group that the kernel knows
 _BLOCK = 64  # outputs that the kernel packs on their own, whatever the instruction set (some pack 32)
@@ -100,18 +100,6 @@ def make(weight: Weight) -> Int4Form:
         order=order,
         most_rows=most_rows("int4pack"),
     )
-
-
-def grouped(weight: Weight) -> tuple[int, Tensor | None] | None:
-    """Inputs per group, and the order that puts the inputs of a group side by side, if all groups are alike."""
-    grouping = weight.grouping()
-    if isinstance(grouping, int):
-        return max(1, min(grouping, weight.inputs)), None
-    order = torch.argsort(grouping, stable=True)
-    groups = len(weight.scales(slice(0, 1)))
-    size = max(1, weight.inputs // groups)
-    alike = torch.arange(groups).repeat_interleave(size)
-    return (size, order) if torch.equal(grouping[order], alike) else None
 
 
 def _pack(codes: Tensor) -> Tensor:

@@ -36,6 +36,18 @@ class Weight(Protocol):
         """Inputs per group, or the group of each input as int64 ``[inputs]``."""
 
 
+def grouped(weight: Weight) -> tuple[int, Tensor | None] | None:
+    """Inputs per group, and the order that puts the inputs of a group side by side, if all groups are alike."""
+    grouping = weight.grouping()
+    if isinstance(grouping, int):
+        return max(1, min(grouping, weight.inputs)), None
+    order = torch.argsort(grouping, stable=True)
+    groups = len(weight.scales(slice(0, 1)))
+    size = max(1, weight.inputs // groups)
+    alike = torch.arange(groups).repeat_interleave(size)
+    return (size, order) if torch.equal(grouping[order], alike) else None
+
+
 class Form(Protocol):
     """A weight as a kernel reads it. It stays in this process, where it takes the place of the stored codes."""
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from quantdock.linears.affine import pieces
 from quantdock.linears.crossover import most_rows
-from quantdock.linears.int4 import grouped
-from quantdock.linears.weights import Weight
+from quantdock.linears.weights import Weight, grouped
 from quantdock.ops.choice import kernels
 
 _BLOCK = 64  # outputs whose words lie together

@@ -148,7 +148,7 @@ def _paths(model: torch.nn.Module) -> dict[str, str]:
         return {}
     result = {}
     for name, module in model.named_modules():
-        if isinstance(module, linears.GroupedLinear):
+        if isinstance(module, linears.HasPaths):
             dtypes: dict[str, list[str]] = {}
             for dtype, path in module.paths().items():
                 dtypes.setdefault(path, []).append(dtype)

@@ -13,6 +13,7 @@ Grouping = int | Tensor
 """Inputs per group, when input ``k`` is in group ``k // size``; else the group of each input, ``[in]``."""
 
 STEP = 1 << 18  # elements that are dequantized at a time: in bfloat16, they fit into a second-level cache
+DEVICE_STEP = 1 << 24  # the same on other devices, where a product must not be too small; 32 MiB in bfloat16
 _HALF_1024 = 0x6400  # the bits of 1024 in float16; its lowest bit counts 1, so that 1024 + code is an "or" away
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from quantdock.linears.affine import STEP, pieces
 from quantdock.linears.crossover import most_rows
-from quantdock.linears.weights import Weight
+from quantdock.linears.weights import Maker, Weight, is_fast_cpu
+
+PATH = "int8pack"
 
 _ZERO = 128
 _ALIGNMENT = 32  # bytes, of each row of the activations
@@ -21,6 +23,7 @@ _INPUTS = 16  # the kernel takes a multiple of these; of other counts it makes n
 class Int8Form:
     """A weight in the kernel's form."""
 
+    path: ClassVar[str] = PATH
     rounds: ClassVar[bool] = True
     elements: ClassVar[int] = STEP
     signed: Tensor
@@ -53,7 +56,7 @@ class Int8Form:
 def fits(weight: Weight) -> bool:
     """Whether the kernel can read a weight."""
     every = slice(0, weight.outputs)
-    if weight.bits != 8 or not weight.inputs or not weight.outputs or weight.inputs % _INPUTS:
+    if not is_fast_cpu() or weight.bits != 8 or not weight.inputs or not weight.outputs or weight.inputs % _INPUTS:
         return False
     if len(weight.scales(every)) != 1:
         return False
@@ -66,4 +69,9 @@ def make(weight: Weight) -> Int8Form:
     for part in pieces(weight.outputs, weight.inputs):
         signed[part] = weight.codes(part).bitwise_xor(_ZERO).view(torch.int8).t()
     (scales,) = weight.scales(slice(0, weight.outputs))
-    return Int8Form(signed=signed, scales=scales.to(torch.bfloat16), most_rows=most_rows("int8pack"))
+    return Int8Form(signed=signed, scales=scales.to(torch.bfloat16), most_rows=most_rows(PATH))
+
+
+# For CPUs alone: on GPUs, torch's kernel computes in float32, and each of its threads reads the weights of an output
+# one by one. float16 is rounded as for ``int4``.
+MAKER = Maker(path=PATH, device="cpu", rounds=True, dtypes=(torch.bfloat16, torch.float16), fits=fits, make=make)

@@ -10,21 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantdock.linears import int4, int8, words
-from quantdock.linears.affine import dequantize_columns, multiply_columns
-from quantdock.linears.weights import Form, Weight, dequantize
+from quantdock.linears import int4, int4_cuda, int8, triton_form, words
+from quantdock.linears.affine import DEVICE_STEP, STEP, dequantize_columns, multiply_columns
+from quantdock.linears.paths import HasPaths
+from quantdock.linears.weights import Form, Maker, Weight, dequantize
 
-_MAKERS = {"words": words, "int4pack": int4, "int8pack": int8}
-"""Path -> what makes its form; the first that fits a weight is taken."""
-_EXACT = ("words",)
-"""Those of them whose forms round nothing."""
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_ROUNDED = (torch.bfloat16, torch.float16)
-"""Dtypes of activations that torch's kernels take unless told otherwise. float16 keeps 3 bits more than bfloat16;
-without that rounding, a token takes 20 times as long on these paths."""
+_MAKERS = tuple(module.MAKER for module in (words, int4, int8, int4_cuda, triton_form))
+"""What makes kernels' forms; of those that fit a weight, the first that takes activations of a dtype is its path."""
 
 
-class GroupedLinear(nn.Module, ABC):
+class GroupedLinear(nn.Module, HasPaths, ABC):
     """A linear layer whose weight is a format's buffers.
 
     A subclass registers the buffers, and says what they mean. Their dtypes are the format's: moving the layer to
@@ -33,8 +28,8 @@ class GroupedLinear(nn.Module, ABC):
     Args:
         in_features, out_features: as of ``nn.Linear``.
         bias: ``[out]``, or ``None``.
-        compute_dtype: what activations are cast to; ``None`` leaves them as they come, except that a kernel takes
-            float16 as bfloat16 where it computes in that.
+        compute_dtype: what activations are cast to; ``None`` leaves them as they come, except that a kernel of CPUs
+            takes float16 as bfloat16 where it computes in that.
     """
 
     code_buffers: ClassVar[tuple[str, ...]]
@@ -53,7 +48,7 @@ class GroupedLinear(nn.Module, ABC):
         self.bias = bias
         self.compute_dtype = compute_dtype
         self._form: Form | None = None
-        self._kernel: str | None = None
+        self._makers: tuple[Maker, ...] | None = None
 
     # What a format says ---------------------------------------------------------------------------------------------
 
@@ -68,17 +63,10 @@ class GroupedLinear(nn.Module, ABC):
     # What users see -------------------------------------------------------------------------------------------------
 
     def path(self, dtype: torch.dtype) -> str:
-        """How activations of ``dtype`` are multiplied in evaluation: ``words``, ``int4pack``, ``int8pack`` or
-        ``columns``."""
-        if next(self.buffers()).device.type != "cpu":
-            return "columns"
-        if self._kernel is None:
-            self._kernel = _choose(self.stored_weight())
-        return self._kernel if self._takes(dtype, rounds=self._kernel not in _EXACT) else "columns"
-
-    def paths(self) -> dict[str, str]:
-        """What ``path`` says for each dtype that models are in."""
-        return {str(dtype).removeprefix("torch."): self.path(dtype) for dtype in _DTYPES}
+        """How activations of ``dtype`` are multiplied in evaluation: ``words``, ``int4pack``, ``int8pack``, ``triton``
+        or ``columns``."""
+        maker = self._maker_for(dtype)
+        return "columns" if maker is None else maker.path
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight in full precision, ``[out, in]``."""
@@ -88,13 +76,14 @@ class GroupedLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         # A small layer's kernel takes 10 us, and so would ten calls of torch that change nothing.
-        form = self._form_for(x.dtype)
+        form = self._form_for(x)
         rows = x.reshape(-1, self.in_features)
         dtype = torch.bfloat16 if form is not None and form.rounds else self.compute_dtype or x.dtype
         if rows.dtype != dtype:
             rows = rows.to(dtype)
         if form is None:
-            result = multiply_columns(rows, self._columns(dtype), self.out_features)
+            elements = STEP if rows.device.type == "cpu" else DEVICE_STEP
+            result = multiply_columns(rows, self._columns(dtype), self.out_features, elements)
         elif 0 < rows.shape[0] <= form.most_rows and not (rows.requires_grad and torch.is_grad_enabled()):
             result = form.multiply(rows)
         else:
@@ -111,24 +100,34 @@ class GroupedLinear(nn.Module, ABC):
 
     # The kernel's form ----------------------------------------------------------------------------------------------
 
-    def _takes(self, dtype: torch.dtype, *, rounds: bool) -> bool:
-        """Whether a kernel may multiply activations of ``dtype``; it ``rounds`` them to bfloat16 or doesn't."""
-        wanted = self.compute_dtype
-        if not rounds:
-            return (wanted or dtype) in _DTYPES
-        return dtype in _ROUNDED if wanted is None else wanted == torch.bfloat16
+    def _maker_for(self, dtype: torch.dtype) -> Maker | None:
+        """What makes the form for activations of ``dtype``, where the layer is now; ``None`` for ``columns``."""
+        if self._makers is None:
+            device = next(self.buffers()).device.type
+            candidates = [maker for maker in _MAKERS if maker.device == device]
+            weight = self.stored_weight() if candidates else None
+            self._makers = tuple(maker for maker in candidates if weight is not None and maker.fits(weight))
+        return next((maker for maker in self._makers if maker.takes(dtype, self.compute_dtype)), None)
 
-    def _form_for(self, dtype: torch.dtype) -> Form | None:
-        """The kernel's form for activations of ``dtype``, made if need be; ``None`` for the path ``columns``."""
+    def _form_for(self, x: Tensor) -> Form | None:
+        """The kernel's form for activations like ``x``, made if need be; ``None`` for the path ``columns``."""
         if self.training or torch.compiler.is_compiling():  # which sees plain tensors, and makes its own kernels
             return None
-        if self._form is not None:  # first, since what follows takes as long as the kernel does for a small layer
-            return self._form if self._takes(dtype, rounds=self._form.rounds) else None
-        maker = _MAKERS.get(self.path(dtype))
-        if maker is None:
+        form, makers = self._form, self._makers
+        if form is not None and makers is not None and len(makers) == 1:  # what follows takes as long as a product
+            return form if makers[0].takes(x.dtype, self.compute_dtype) else None
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if captured and (form is None or makers is None):  # forms aren't for a graph to make, nor trials
             return None
+        maker = self._maker_for(x.dtype)
+        if maker is None or (form is not None and form.path == maker.path):
+            return None if maker is None else form
+        if captured:
+            return None
+        if form is not None:
+            self._restore()
         weight = self.stored_weight()  # before looking for a form: another thread may be putting one in its place
-        form: Form | None = self._form
+        form = self._form
         if form is None:
             # Outside of inference mode, or what is made of it would be unfit for training later.
             with torch.inference_mode(False), torch.no_grad():
@@ -164,7 +163,7 @@ class GroupedLinear(nn.Module, ABC):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_form": None}
+        state = self.__dict__ | {"_form": None, "_makers": None}
         state["_buffers"] = {**self._buffers, **self._stored_codes()}
         return state
 
@@ -174,12 +173,12 @@ class GroupedLinear(nn.Module, ABC):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._restore()
-        self._kernel = None
+        self._makers = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedLinear:
         self._restore()
-        self._kernel = None
+        self._makers = None
         own = {id(buffer) for buffer in self._buffers.values()}
 
         def apply(tensor: Tensor) -> Tensor:
@@ -193,10 +192,3 @@ class GroupedLinear(nn.Module, ABC):
         if mode:
             self._restore()
         return super().train(mode)
-
-
-def _choose(weight: Weight) -> str:
-    """The path of a weight whose activations are multiplied in bfloat16 on this CPU."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "columns"
-    return next((name for name, kernel in _MAKERS.items() if kernel.fits(weight)), "columns")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -44,12 +46,16 @@ def grouped(weight: Weight) -> tuple[int, Tensor | None] | None:
     order = torch.argsort(grouping, stable=True)
     groups = len(weight.scales(slice(0, 1)))
     size = max(1, weight.inputs // groups)
-    alike = torch.arange(groups).repeat_interleave(size)
+    alike = torch.arange(groups, device=grouping.device).repeat_interleave(size)
     return (size, order) if torch.equal(grouping[order], alike) else None
 
 
 class Form(Protocol):
     """A weight as a kernel reads it. It stays in this process, where it takes the place of the stored codes."""
+
+    @property
+    def path(self) -> str:
+        """See ``Maker.path``."""
 
     @property
     def rounds(self) -> bool:
@@ -77,6 +83,30 @@ class Form(Protocol):
         """What ``Weight.codes`` gave; ``part`` starts at a multiple of 64."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Maker:
+    """What makes a kernel's forms."""
+
+    path: str
+    """What the path is called."""
+    device: str
+    """Type of devices that the kernel is for."""
+    rounds: bool
+    """See ``Form.rounds``."""
+    dtypes: tuple[torch.dtype, ...]
+    """Those of activations that it takes, unless told what to compute in."""
+    fits: Callable[[Weight], bool]
+    """Whether the kernel is there, works where the weight is, and can read it."""
+    make: Callable[[Weight], Form]
+    """The form of a weight that fits."""
+
+    def takes(self, dtype: torch.dtype, computing: torch.dtype | None) -> bool:
+        """Whether the kernel may multiply activations of a dtype, given what users want computed in, if anything."""
+        if self.rounds:
+            return dtype in self.dtypes if computing is None else computing == torch.bfloat16
+        return (computing or dtype) in self.dtypes
+
+
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """What a weight stands for: ``scale * (code - zero)``, rounded once to ``dtype``.
 
@@ -93,3 +123,20 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
             result = values.new_empty(weight.outputs, weight.inputs, dtype=dtype)
         result[part] = values.t()
     return torch.empty(weight.outputs, weight.inputs, dtype=dtype) if result is None else result
+
+
+def is_fast_cpu() -> bool:
+    """Whether this CPU has instructions that kernels for packed integers are written for."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def device_of(weight: Weight) -> torch.device:
+    """Where a weight is."""
+    return weight.scales(slice(0, 1)).device
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability; (0, 0) for other devices, and GPUs that have none."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)

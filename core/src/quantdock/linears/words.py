@@ -7,8 +7,11 @@ from torch import Tensor
 
 from quantdock.linears.affine import pieces
 from quantdock.linears.crossover import most_rows
-from quantdock.linears.weights import Weight, grouped
+from quantdock.linears.paths import DTYPES
+from quantdock.linears.weights import Maker, Weight, grouped, is_fast_cpu
 from quantdock.ops.choice import kernels
+
+PATH = "words"
 
 _BLOCK = 64  # outputs whose words lie together
 _BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # of a code -> that it takes in a word
@@ -23,7 +26,7 @@ class WordsForm:
         weight: one that fits.
     """
 
-    rounds = False
+    path, rounds = PATH, False
     elements = 1 << 22  # more than a cache holds, so that each thread has blocks to decode
 
     def __init__(self, weight: Weight) -> None:
@@ -45,7 +48,7 @@ class WordsForm:
             inputs=weight.inputs,
             group=size,
         )
-        self.most_rows = most_rows("words")
+        self.most_rows = most_rows(PATH)
 
     def multiply(self, x: Tensor) -> Tensor:
         """``[rows, inputs]`` to ``[rows, outputs]`` in the same dtype, for few rows."""
@@ -103,7 +106,7 @@ class WordsForm:
 def fits(weight: Weight) -> bool:
     """Whether the compiled kernels are there, fast on this CPU, and can read a weight."""
     compiled = kernels()
-    if compiled is None or not compiled.WordMatrix.is_fast() or weight.bits not in _BITS:
+    if not is_fast_cpu() or compiled is None or not compiled.WordMatrix.is_fast() or weight.bits not in _BITS:
         return False
     found, codes = grouped(weight), 32 // _BITS[weight.bits]
     if found is None or not weight.outputs or not weight.inputs or weight.inputs % codes:
@@ -114,3 +117,6 @@ def fits(weight: Weight) -> bool:
 def make(weight: Weight) -> WordsForm:
     """The kernels' form of a weight that fits."""
     return WordsForm(weight)
+
+
+MAKER = Maker(path=PATH, device="cpu", rounds=False, dtypes=DTYPES, fits=fits, make=make)

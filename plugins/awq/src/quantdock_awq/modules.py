@@ -84,7 +84,7 @@ class AwqLinear(linears.GroupedLinear):
 
     def encode(self, codes: Callable[[slice], Tensor]) -> Mapping[str, Tensor]:
         spec = self._stored_as["qweight"]
-        qweight = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+        qweight = torch.empty(spec.shape, dtype=spec.dtype, device=self.scales.device)
         for part in linears.pieces(self.out_features, self.in_features):
             self.packing.put_codes(codes(part), qweight, part)
         return {"qweight": qweight}

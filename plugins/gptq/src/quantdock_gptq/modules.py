@@ -97,7 +97,7 @@ class GPTQLinear(linears.GroupedLinear):
 
     def encode(self, codes: Callable[[slice], Tensor]) -> Mapping[str, Tensor]:
         rows = self.in_features * self.bits // 32
-        result = torch.empty(rows, self.out_features, dtype=torch.int32, device="cpu")
+        result = torch.empty(rows, self.out_features, dtype=torch.int32, device=self.scales.device)
         for part in linears.pieces(self.out_features, self.in_features):
             result[:, part] = words.pack(codes(part), self.bits)
         return {"qweight": result}

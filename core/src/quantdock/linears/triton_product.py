@@ -5,7 +5,10 @@ Imported when a layer on a device first needs it, since Triton comes with torch'
 In Triton's interpreter (``TRITON_INTERPRET=1``), it runs on tensors in CPU memory.
 """
 
-# ruff: noqa: N803, N806 - a kernel's constants are in capitals, as in Triton's own
+# Triton compiles this from its source: arguments are what a launch makes of them, and constants are in capitals. One of
+# them decides both whether a name is set and whether it is used.
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, disable-error-code="possibly-undefined"
+# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps", "each"])  # or it is compiled again for other numbers
 def product(
     x,
     words,

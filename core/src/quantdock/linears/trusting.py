@@ -21,15 +21,21 @@ _found: dict[tuple[str, torch.device], bool] = {}
 def trusted(kernel: str, device: torch.device, trial: Callable[[torch.device], bool]) -> bool:
     """Whether a kernel works on a device. If it doesn't, the reason is logged as a warning, once.
 
+    While a CUDA graph is captured, none does that hasn't been tried before: the trial would become a part of the graph.
+
     Args:
         kernel: its name, for the warning too.
         device: on which it would be used, such as ``cuda:1``.
         trial: uses the kernel on a small case, and says whether the result is right; called once for each kernel and
             device. What it raises counts as a wrong result.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     with _lock:
         known = _found.get((kernel, device))
         if known is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return False
             known = _found[kernel, device] = _try(kernel, device, trial)
         return known
 

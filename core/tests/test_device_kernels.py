@@ -6,8 +6,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,18 +20,24 @@ from torch import Tensor
 
 from quantdock.linears import int4, int4_cuda, layer, triton_form
 from quantdock.linears.trusting import trusted
-from quantdock.testing import in_new_process
+from quantdock.testing import in_new_process, interpreted_kernels
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plain_layers import PlainLinear, exact, relative
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel's module is imported
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+INSTALLED = find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 
 BOUNDS = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}
 """Of the relative error: half a unit in the last place of the result, about."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreted() -> Iterator[None]:
+    here = INSTALLED and DEVICE.type == "cpu"
+    with interpreted_kernels("quantdock.linears.triton_product") if here else nullcontext():
+        yield
 
 
 def made(*, bits: int, inputs: int, outputs: int, size: int, ordered: bool = True) -> PlainLinear:
@@ -130,8 +137,7 @@ def test_what_is_not_a_number_stays_that() -> None:
 
 
 _COMPILE = """
-import json, os, sys
-os.environ.pop("TRITON_INTERPRET", None)
+import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -68,7 +68,7 @@ def product(
     m = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     i = tl.arange(0, 16)
     there, some = n < outputs, m < rows
-    total = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
+    total = tl.full([BLOCK_ROWS, BLOCK_OUTPUTS], 0.0, tl.float32)
     for step in range(split * each, min(split * each + each, steps)):
         place = step % PER_WORD * RUNS  # of the step's first run in its words
         word = step // PER_WORD
@@ -88,7 +88,7 @@ def product(
                 inside = there & (start < inputs)
                 scale = tl.load(scales + group, mask=inside, other=0).to(tl.float32)
                 zero = tl.load(zeros + group, mask=inside, other=0).to(tl.int32)
-            sums = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
+            sums = tl.full([BLOCK_ROWS, BLOCK_OUTPUTS], 0.0, tl.float32)
             for run in tl.static_range(TOGETHER):
                 k = start + run * 16 + i
                 own = tl.load(x + m[:, None] * inputs + k[None, :], mask=some[:, None] & (k < inputs)[None, :], other=0)

@@ -29,7 +29,7 @@ def trusted(kernel: str, device: torch.device, trial: Callable[[torch.device], b
         trial: uses the kernel on a small case, and says whether the result is right; called once for each kernel and
             device. What it raises counts as a wrong result.
     """
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     with _lock:
         known = _found.get((kernel, device))
@@ -49,8 +49,8 @@ def _try(kernel: str, device: torch.device, trial: Callable[[torch.device], bool
         right, reason = False, f"{type(error).__name__}: {error}"
     if not right:
         logger.warning(
-            "The kernel %r is not used on %s: %s. Layers that would take it dequantize their weights for each use, "
-            "which gives the same results more slowly.",
+            "The kernel %r is not used on %s: %s. Layers that would take it multiply in another way, which may be "
+            "slower; quantdock.report(model) says in which.",
             kernel,
             _called(device),
             reason,

@@ -28,7 +28,7 @@ pytest.register_assert_rewrite(
 from quantdock.testing.conformance import QuantizerConformance
 from quantdock.testing.memory import PeakBytes
 from quantdock.testing.model import SmallModel, write_checkpoint
-from quantdock.testing.plugins import in_new_process, installed_plugin
+from quantdock.testing.plugins import in_new_process, installed_plugin, interpreted_kernels
 
 __all__ = [
     "PeakBytes",
@@ -36,5 +36,6 @@ __all__ = [
     "SmallModel",
     "in_new_process",
     "installed_plugin",
+    "interpreted_kernels",
     "write_checkpoint",
 ]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 
 @contextmanager
@@ -67,6 +68,36 @@ def _write_module(site: Path, name: str, source: str) -> None:
         parent.mkdir(exist_ok=True)
         (parent / "__init__.py").touch()  # unless it has a source of its own, which is written over this
     (parent / f"{leaf}.py").write_text(source, encoding="utf-8")
+
+
+@contextmanager
+def interpreted_kernels(name: str) -> Iterator[ModuleType]:
+    """A module of Triton kernels that run on tensors in CPU memory while the block runs, in Triton's interpreter.
+
+    It is imported for the block alone: whoever imported it before has kernels that are compiled, and gets such again
+    afterwards.
+
+    Args:
+        name: the module's, which the code under test imports when it is about to launch a kernel.
+    """
+    package, _, leaf = name.rpartition(".")
+    known = sys.modules.pop(name, None)
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it when it is given a kernel
+    try:
+        module = importlib.import_module(name)
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+    try:
+        yield module
+    finally:
+        del sys.modules[name]
+        delattr(sys.modules[package], leaf)
+        if known is not None:
+            sys.modules[name] = known
+            setattr(sys.modules[package], leaf, known)
 
 
 def in_new_process(*arguments: str) -> str:

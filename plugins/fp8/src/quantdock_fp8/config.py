@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from quantdock import ConfigError, QuantizationConfig
+from quantdock import ConfigError, QuantizationConfig, runtime
+from quantdock_fp8.activations import FBGEMM_FLOOR, Activations
 from quantdock_fp8.scheme import Scheme
 
 
@@ -24,6 +25,11 @@ class FloatConfig(QuantizationConfig):
         """Entries of ``modules_to_not_convert``, for what is quantized while loading."""
         return ()
 
+    @property
+    def activations(self) -> Activations | None:
+        """How activations are quantized; ``None`` if they aren't."""
+        return None
+
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}, expected {expected}")
@@ -38,11 +44,11 @@ class FloatConfig(QuantizationConfig):
         object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def _written(self) -> dict[str, Any]:
-        """Fields as JSON has them; those that aren't set are left out."""
+        """Fields as JSON has them; those that aren't set, or aren't about what is stored, are left out."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in super().to_dict().items()
-            if value is not None
+            if value is not None and name not in self.runtime_fields()
         }
 
 
@@ -120,6 +126,9 @@ class Fp8Config(SkippingConfig):
     """What transformers does when it loads the checkpoint; carried along. Here, call ``quantdock.dequantize``."""
     kv_cache_scheme: Any = None
     """For those who quantize the cache; carried along."""
+    quantize_activations: bool = runtime(False)
+    """Whether linear layers multiply in 8 bits, with activations as ``activation_scheme`` says; on GPUs that can. No
+    property of what is stored: it is never written, and asked for anew at each load."""
 
     def __post_init__(self) -> None:
         block: object = self.weight_block_size
@@ -133,6 +142,7 @@ class Fp8Config(SkippingConfig):
         self._expect("scale_fmt", self.scale_fmt in ("float", "ue8m0"), "'float' or 'ue8m0'")
         self._expect("expert_dtype", self.expert_dtype == "fp8", "'fp8'; experts in 4 bits can't be loaded")
         self._expect("dequantize", isinstance(self.dequantize, bool), "true or false")
+        self._expect("quantize_activations", isinstance(self.quantize_activations, bool), "true or false")
         self._set_skipped()
         self._set_names("modules_to_convert")
         self._expect("modules_to_convert", not self.modules_to_convert, "none; quantized embeddings can't be loaded")
@@ -158,6 +168,10 @@ class Fp8Config(SkippingConfig):
             static="activation_scheme='static'" if self.activation_scheme == "static" else None,
         )
 
+    @property
+    def activations(self) -> Activations | None:
+        return Activations(static=self.activation_scheme == "static") if self.quantize_activations else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class FbgemmFp8Config(SkippingConfig):
@@ -173,12 +187,15 @@ class FbgemmFp8Config(SkippingConfig):
     """The largest magnitude of activations that a kernel for 8-bit activations tells apart."""
     modules_to_not_convert: tuple[str, ...] | None = None
     """As in ``Fp8Config``."""
+    quantize_activations: bool = runtime(False)
+    """As in ``Fp8Config``; with magnitudes up to ``activation_scale_ub``."""
 
     def __post_init__(self) -> None:
         bound: object = self.activation_scale_ub
         number = isinstance(bound, int | float) and not isinstance(bound, bool) and bound > 0
         self._expect("activation_scale_ub", number, "a positive number")
         object.__setattr__(self, "activation_scale_ub", float(self.activation_scale_ub))
+        self._expect("quantize_activations", isinstance(self.quantize_activations, bool), "true or false")
         self._set_skipped()
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,6 +205,10 @@ class FbgemmFp8Config(SkippingConfig):
     @property
     def scheme(self) -> Scheme:
         return Scheme(granularities=("row",), scale_name="weight_scale", rule="floored")
+
+    @property
+    def activations(self) -> Activations | None:
+        return Activations(bound=self.activation_scale_ub, floor=FBGEMM_FLOOR) if self.quantize_activations else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,3 +228,5 @@ class Mxfp8Config(Fp8Config):
         super().__post_init__()
         self._expect("weight_block_size", self.weight_block_size == (1, 32), "[1, 32]")
         self._expect("scale_fmt", self.scale_fmt == "ue8m0", "'ue8m0'")
+        reason = "false; products of MXFP8 with MXFP8 aren't written"
+        self._expect("quantize_activations", not self.quantize_activations, reason)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantdock import TensorSpec, linears
+from quantdock import TensorSpec, UnsupportedError, linears
+from quantdock_fp8 import eight_bits, few_rows
+from quantdock_fp8.activations import Activations
+from quantdock_fp8.multiplying import Product, in_autocast
+from quantdock_fp8.scheme import ACTIVATION_NAMES
 from quantdock_fp8.weight import Coding, Weight
 
 
-class Fp8Linear(linears.Bits, nn.Linear):
-    """A linear layer whose weight is decoded for each use, a part at a time; activations aren't quantized.
+class Fp8Linear(linears.Bits, linears.HasPaths, nn.Linear):
+    """A linear layer whose weight is decoded for each use; activations aren't quantized, unless that was asked for.
 
     It computes with the weight that ``quantdock.dequantize`` gives: codes times scales in float32, rounded once to the
     dtype of the input. Conversions of the model to another dtype leave codes and scales alone, and nothing that is
@@ -23,11 +28,19 @@ class Fp8Linear(linears.Bits, nn.Linear):
         linear: the layer whose place this one takes, on the meta device; its bias is taken over.
         components: the stored tensors; codes and scales, and more that are only kept.
         coding: which of them is what.
+        activations: how activations are quantized to 8 bits; ``None`` if they aren't. With codes of 8 bits only.
     """
 
-    def __init__(self, linear: nn.Linear, components: Mapping[str, TensorSpec], coding: Coding) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        components: Mapping[str, TensorSpec],
+        coding: Coding,
+        activations: Activations | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.coding = linear.in_features, linear.out_features, coding
+        self.activations = activations
         self.register_parameter("weight", None)  # where codes have another name
         for name, spec in components.items():
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
@@ -38,8 +51,42 @@ class Fp8Linear(linears.Bits, nn.Linear):
         self.register_parameter("bias", linear._parameters["bias"])
         self.train(linear.training)
 
+    def path(self, dtype: torch.dtype) -> str:
+        """How activations of ``dtype`` are multiplied in evaluation, where the layer is now.
+
+        Returns:
+            ``triton`` for few rows that need no gradients, on a CUDA device; ``decode`` for weights that are decoded
+            first. With activations of 8 bits: ``scaled_mm``, ``triton8``, or ``refused`` where that can't be done.
+        """
+        stored = self._stored()
+        device = stored.codes.device
+        if self.activations is None:
+            return "triton" if _in_bytes(stored) and few_rows.works_on(device, dtype) else "decode"
+        try:
+            block, static = self.coding.tiling.block, self.activations.static
+            way = eight_bits.way(device, dtype, stored.shape, block, static)
+        except UnsupportedError:
+            return "refused"
+        return "triton8" if way == "triton8" else "scaled_mm"
+
     def forward(self, input: Tensor) -> Tensor:
-        return self._stored().multiply(input, self._parameters["bias"])
+        stored, x = self._stored(), in_autocast(input)
+        return stored.multiply(x, self._parameters["bias"], self._product(stored, x))
+
+    def _product(self, stored: Weight, x: Tensor) -> Product | None:
+        """What multiplies, if the weight isn't just decoded."""
+        if self.activations is not None:
+            stored_scale = self._scale_of_activations() if self.activations.static else None
+            return functools.partial(eight_bits.multiply_quantized, activations=self.activations, stored=stored_scale)
+        if self.training or torch.compiler.is_compiling() or not _in_bytes(stored):
+            return None
+        bias = self._parameters["bias"]
+        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        few = 0 < x.numel() <= few_rows.ROWS * self.in_features
+        return few_rows.multiply_few if few and not learns and few_rows.works_on(x.device, x.dtype) else None
+
+    def _scale_of_activations(self) -> Tensor | None:
+        return next((scale for name in ACTIVATION_NAMES if (scale := self._buffers.get(name)) is not None), None)
 
     def _stored(self) -> Weight:
         found = {name: self._slot(name) for name in self.coding.names}
@@ -54,4 +101,9 @@ class Fp8Linear(linears.Bits, nn.Linear):
         return "weight", *self._buffers
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, block={list(self.coding.tiling.block)}"
+        own = "" if self.activations is None else ", quantize_activations=True"
+        return f"{super().extra_repr()}, block={list(self.coding.tiling.block)}{own}"
+
+
+def _in_bytes(stored: Weight) -> bool:
+    return stored.codes.dtype == torch.float8_e4m3fn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,24 @@ _DEVICE_ELEMENTS = 1 << 24
 """Elements that are decoded at a time on other devices, where a multiplication must not be too small."""
 
 
-def multiply(input: Tensor, weight: Tensor, scales: Tensor, block: Block, bias: Tensor | None) -> Tensor:
+Product = Callable[[Tensor, Tensor, Tensor, Block, Tensor | None], Tensor]
+"""What computes ``multiply`` forwards, without autocast or gradients; the bias has the dtype of the input."""
+
+
+def in_autocast(input: Tensor) -> Tensor:
+    """The input in the dtype that a linear layer would multiply it in."""
+    device = input.device.type
+    return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
+
+
+def multiply(
+    input: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    block: Block,
+    bias: Tensor | None,
+    product: Product | None = None,
+) -> Tensor:
     """``nn.functional.linear`` with a weight in floats of 8 or 4 bits, in the dtype of the input or of autocast.
 
     Args:
@@ -27,11 +45,22 @@ def multiply(input: Tensor, weight: Tensor, scales: Tensor, block: Block, bias: 
         scales: float32 ``[blocks down, blocks across]``.
         block: rows and columns that share a scale.
         bias: ``[rows]``.
+        product: what takes the place of decoding on the way forwards. Gradients are those of the decoded weight.
     """
-    if torch.is_autocast_enabled(input.device.type):
-        input = input.to(torch.get_autocast_dtype(input.device.type))
+    input = in_autocast(input)
     own = None if bias is None else bias.to(input.dtype)
-    result: Tensor = _Multiply.apply(input, weight, scales, block, own)  # type: ignore[no-untyped-call]
+    result: Tensor = _Multiply.apply(input, weight, scales, block, own, product)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _decode_and_multiply(input: Tensor, weight: Tensor, scales: Tensor, block: Block, bias: Tensor | None) -> Tensor:
+    """The ``Product`` that anything can compute."""
+    result = input.new_empty((*input.shape[:-1], len(weight)))
+    step = _rows_at_a_time(weight, block)
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = _decoded(weight[rows], _scales_of(scales, block, rows), block, input.dtype)
+        result[..., rows] = nn.functional.linear(input, part, None if bias is None else bias[rows])
     return result
 
 
@@ -39,16 +68,18 @@ class _Multiply(torch.autograd.Function):
     """``input @ weight.T + bias`` with gradients for the input and the bias, so that adapters can be trained."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, scales: Tensor, block: Block, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        scales: Tensor,
+        block: Block,
+        bias: Tensor | None,
+        product: Product | None,
+    ) -> Tensor:
         ctx.save_for_backward(weight, scales)
         ctx.block = block
-        result = input.new_empty((*input.shape[:-1], len(weight)))
-        step = _rows_at_a_time(weight, block)
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            part = _decoded(weight[rows], _scales_of(scales, block, rows), block, input.dtype)
-            result[..., rows] = nn.functional.linear(input, part, None if bias is None else bias[rows])
-        return result
+        return (product or _decode_and_multiply)(input, weight, scales, block, bias)
 
     @staticmethod
     @once_differentiable
@@ -60,7 +91,7 @@ class _Multiply(torch.autograd.Function):
             of_input = gradient @ _decoded(weight, scales, ctx.block, gradient.dtype)
         if ctx.needs_input_grad[4]:
             of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-        return of_input, None, None, None, of_bias
+        return of_input, None, None, None, of_bias, None
 
 
 def _decoded(weight: Tensor, scales: Tensor, block: Block, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ from quantdock import (
     linears,
     ops,
 )
-from quantdock_fp8 import codes
+from quantdock_fp8 import codes, eight_bits
 from quantdock_fp8.config import FbgemmFp8Config, FloatConfig, Fp8Config, Mxfp8Config
 from quantdock_fp8.linear import Fp8Linear
 from quantdock_fp8.modelopt_config import ModelOptConfig
@@ -145,6 +145,13 @@ class FloatQuantizer(Quantizer[ConfigT]):
                 f"{self.config.quant_method} doesn't run on {device.type!r}, where torch has no 8-bit floats; pass a "
                 f"device_map= of {', '.join(_DEVICES)}"
             )
+        if self.config.activations is None:
+            return
+        for parameter in self.parameters.values():
+            if len(parameter.spec.shape) == 2:
+                tiling = self._coding(parameter, self.layout_of(parameter).components).tiling
+                spec, static = parameter.spec, self.config.activations.static
+                eight_bits.way(device, spec.dtype, spec.shape, tiling.block, static)
 
     def preferred_device(self) -> torch.device | None:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
@@ -163,7 +170,7 @@ class FloatQuantizer(Quantizer[ConfigT]):
                 linears.hold(old, leaf, components, coding, dtype, swapped=coding.swapped)
             else:
                 assert isinstance(old, nn.Linear)
-                swapped[old] = Fp8Linear(old, components, coding)
+                swapped[old] = Fp8Linear(old, components, coding, self.config.activations)
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if child in swapped:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantdock_fp8 import codes
-from quantdock_fp8.multiplying import multiply
+from quantdock_fp8.multiplying import Product, multiply
 from quantdock_fp8.tiling import Block, Tiling, as_grid
 
 
@@ -93,11 +93,11 @@ class Weight:
         for rows, down in self.coding.tiling.ranges(len(out)):
             codes.decode(self.codes[rows], scales[down], self.coding.tiling.block, out[rows])
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``nn.functional.linear``, in the dtype of the input or of autocast."""
-        scales = self.scales()
+    def multiply(self, x: Tensor, bias: Tensor | None = None, product: Product | None = None) -> Tensor:
+        """``nn.functional.linear``, in the dtype of the input or of autocast; see ``multiplying.multiply``."""
+        scales, block = self.scales(), self.coding.tiling.block
         found = [
-            multiply(x, self.codes[rows], scales[down], self.coding.tiling.block, None if bias is None else bias[rows])
+            multiply(x, self.codes[rows], scales[down], block, None if bias is None else bias[rows], product)
             for rows, down in self.coding.tiling.ranges(len(self.codes))
         ]
         return found[0] if len(found) == 1 else torch.cat(found, -1)

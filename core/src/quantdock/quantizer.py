@@ -47,16 +47,22 @@ class QuantizationConfig:
         """Read the JSON object of a ``quantization_config``.
 
         Raises:
-            ConfigError: a field is unknown, or a value doesn't fit; the message names it.
+            ConfigError: a field is unknown or missing, or a value doesn't fit; the message names it.
         """
         hints = get_type_hints(cls)
-        known = {item.name for item in dataclasses.fields(cls)}
+        fields = dataclasses.fields(cls)
+        known = {item.name for item in fields}
         values = {name: value for name, value in data.items() if name != "quant_method"}
         unknown = sorted(values.keys() - known - cls.ignored_fields)
         if unknown:
             raise ConfigError(
                 f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(sorted(known))}"
             )
+        none = dataclasses.MISSING
+        needed = {item.name for item in fields if item.init and item.default is none and item.default_factory is none}
+        missing = sorted(needed - values.keys())
+        if missing:
+            raise ConfigError(f"{cls.__name__} needs {', '.join(map(repr, missing))}, and the config doesn't say it")
         return cls(
             **{
                 name: _dtype_from_json(cls, name, value) if "dtype" in str(hints[name]) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -19,6 +20,7 @@ BLOCK = 64
 """Outputs whose words lie together."""
 _ROWS = 64  # done together: their digits fit into a second-level cache, the codes come from memory once for all of them
 _STEP = 128  # inputs that have a power of two of their own, at most
+_CPU = torch.device("cpu")
 _DIGITS = 3
 _LARGE_PAGE = 1 << 21  # bytes
 _STEP_BYTES = 4 + 4 * _DIGITS
@@ -83,6 +85,7 @@ class WordMatrix:
             bits,
             scales_dtype,
         )
+        self._address = ctypes.addressof(self._matrix)
 
     @staticmethod
     def room(count: int) -> Tensor:
@@ -119,19 +122,21 @@ class WordMatrix:
         Raises:
             TypeError, ValueError: ``x`` isn't as described.
         """
-        dtype = FLOATS.get(x.dtype, -1)
-        if dtype < 0 or x.dim() != 2 or x.shape[1] != self.inputs or not x.is_contiguous() or not _plain(x):
+        # For a small layer, this takes as long as the product itself, so that every call of torch counts.
+        given, shape = x.dtype, x.shape
+        dtype = FLOATS.get(given, -1)
+        if dtype < 0 or len(shape) != 2 or shape[1] != self.inputs or not _plain(x):
             check_floats("x", x, 2)
-            check("x", x, x.dtype, x.shape[0], self.inputs)
-        rows = x.shape[0]
-        y = torch.empty(rows, self.outputs, dtype=x.dtype, device="cpu")
+            check("x", x, given, shape[0], self.inputs)
+        rows = shape[0]
+        y = torch.empty((rows, self.outputs), dtype=given, device=_CPU)
         together = min(rows, _ROWS)
         size = together * self._steps * _STEP_BYTES
-        scratch = torch.empty(size + together * self.inputs * _DIGITS, dtype=torch.uint8, device="cpu")
-        call = function("multiply_words", instruction_set, *_MULTIPLY)
+        scratch = torch.empty(size + together * self.inputs * _DIGITS, dtype=torch.uint8, device=_CPU)
+        call = _multiply_words(instruction_set)
         address = scratch.data_ptr()
         call(
-            ctypes.addressof(self._matrix),
+            self._address,
             x.data_ptr(),
             dtype,
             rows,
@@ -190,7 +195,12 @@ def _in_blocks(parameters: Tensor) -> Tensor:
 
 
 def _plain(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg()
+    return x.is_cpu and x.layout is torch.strided and x.is_contiguous() and not x.is_neg()
+
+
+@functools.cache
+def _multiply_words(instruction_set: str | None) -> Callable[..., None]:
+    return function("multiply_words", instruction_set, *_MULTIPLY)
 
 
 @functools.cache

@@ -45,7 +45,7 @@ class GroupedLinear(nn.Module, HasPaths, ABC):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.bias = bias
+        self.register_parameter("bias", bias)
         self.compute_dtype = compute_dtype
         self._form: Form | None = None
         self._makers: tuple[Maker, ...] | None = None
@@ -75,8 +75,9 @@ class GroupedLinear(nn.Module, HasPaths, ABC):
             return dequantize(self.stored_weight(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A small layer's kernel takes 10 us, and so would ten calls of torch that change nothing.
-        form = self._form_for(x)
+        # A small layer's kernel takes 10 us, and so would ten calls of torch that change nothing, or five
+        # of __getattr__.
+        form, bias = self._form_for(x), self._parameters["bias"]
         rows = x.reshape(-1, self.in_features)
         dtype = torch.bfloat16 if form is not None and form.rounds else self.compute_dtype or x.dtype
         if rows.dtype != dtype:
@@ -89,10 +90,10 @@ class GroupedLinear(nn.Module, HasPaths, ABC):
         else:
             columns = functools.partial(form.columns, dtype=dtype)
             result = multiply_columns(form.arranged(rows), columns, self.out_features, form.elements)
-        if self.bias is not None:
-            result = result + self.bias.to(dtype)
+        if bias is not None:
+            result = result + bias.to(dtype)
         if x.dim() != 2:
-            result = result.view(*x.shape[:-1], self.out_features)
+            result = result.view((*x.shape[:-1], self.out_features))
         return result if x.dtype == dtype else result.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -110,6 +110,9 @@ PRESETS: dict[str, Preset] = {
     "tiny": Llama(hidden=128, layers=2, intermediate=256, heads=4, kv_heads=2, vocabulary=512, shards=2),
     "small": Llama(hidden=768, layers=12, intermediate=3072, heads=12, kv_heads=4, vocabulary=49_152, shards=2),
     "1b": Llama(**_1B, layers=16, shards=5),
+    "1b-deep": Llama(
+        hidden=1024, layers=100, shards=4, intermediate=2560, heads=16, kv_heads=4, vocabulary=32000
+    ),  # many small blocks, for methods whose time grows with the cube of a layer's width
     "5b": Llama(**_1B, layers=77, shards=20),
     "shard10g": Llama(**_8B, layers=21, shards=1),
     "tiny-experts": Mixtral(

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.library import custom_op
 
 from quantdock import UnsupportedError, linears
 from quantdock_fp8 import launching
@@ -165,7 +166,7 @@ def _result_of(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], len(weight)))
 
 
-_operation = torch.library.custom_op(
+_operation = custom_op(
     "quantdock_fp8::multiply_quantized",
     _multiply_quantized,
     mutates_args=(),

@@ -80,6 +80,7 @@ def interpreted_kernels(name: str) -> Iterator[ModuleType]:
     Args:
         name: the module's, which the code under test imports when it is about to launch a kernel.
     """
+    importlib.import_module("triton.language")  # or its own functions would be for the interpreter from here on
     package, _, leaf = name.rpartition(".")
     known = sys.modules.pop(name, None)
     before = os.environ.get("TRITON_INTERPRET")

@@ -113,6 +113,22 @@ def test_no_rows(layer: PlainLinear) -> None:
     assert found.shape == (2, 0, layer.out_features)
 
 
+def test_activations_have_any_dimensions(layer: PlainLinear) -> None:
+    x = torch.randn(6, layer.in_features, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = layer(x)
+    for shape in ((6,), (2, 3), (1, 6, 1), (6, 1, 1)):
+        assert torch.equal(layer(x.view(*shape, -1)), expected.view(*shape, -1))
+    torch.testing.assert_close(layer(x[4]), expected[4], atol=0.02, rtol=0.02)  # one row may have another path
+
+
+def test_activations_of_another_width(layer: PlainLinear) -> None:
+    wide = 2 * layer.in_features
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"shape \(3, {wide}\), expected \[\.\.\., {layer.in_features}\]"):
+            layer(torch.ones(3, wide, dtype=torch.bfloat16))
+        layer(torch.ones(3, layer.in_features, dtype=torch.bfloat16))
+
+
 def test_compute_dtype(layer: PlainLinear) -> None:
     x = torch.randn(3, layer.in_features)
     expected = layer(x.bfloat16()).float()

@@ -33,7 +33,12 @@
 #define STEP 128 /* inputs that have a power of two of their own, at most; products.py has it, too */
 #define DIGITS 3
 #define FRACTION 22 /* the largest activation of a step becomes an integer of at most so many bits, and a sign */
-#define AHEAD 40    /* words of an output that memory is asked for ahead of time */
+#define AHEAD 40 /* words of an output that memory is asked for ahead of time */
+/* Rows done together: their digits fit into a second-level cache, the codes come from memory once for all of them;
+ * products.py has it, too. */
+#define ROWS 64
+#define ENOUGH (1 << 17)      /* products for a thread, which take about as long as waking it */
+#define OWN_SCRATCH (1 << 15) /* bytes on the stack; products.py has it, too */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -47,6 +52,7 @@ struct matrix {
     const void *scales;   /* blocks of [groups, 64] */
     const uint8_t *zeros; /* the same */
     int64_t inputs, outputs, group;
+    int64_t steps; /* of a row */
     int bits, scales_dtype;
 };
 
@@ -63,7 +69,7 @@ struct product {
     int8_t *digits;     /* [rows, DIGITS, inputs], the lowest first */
     struct step *steps; /* [rows, steps] */
     void *y;            /* [rows, outputs] */
-    int64_t rows, steps_of_row, next;
+    int64_t rows, next;
     int dtype;
 };
 
@@ -108,7 +114,7 @@ static void split_rows(void *data) {
         int64_t row = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED);
         if (row >= p->rows)
             return;
-        struct step *step = p->steps + row * p->steps_of_row;
+        struct step *step = p->steps + row * m->steps;
         EACH_STEP(m, group, first, count) {
             int8_t *digits = p->digits + row * DIGITS * m->inputs + first;
             split(p->x, row * m->inputs + first, count, (enum dtype)p->dtype, m->inputs, digits, step++);
@@ -120,10 +126,14 @@ static void split_rows(void *data) {
 
 #if defined(__AVX512BW__)
 #define REGISTER(name) _mm512_##name
+#define LOAD_BYTES(from) _mm_loadu_si128((const __m128i *)(from)) /* one for each lane */
 typedef __m512i wide;
+typedef __m256i halves;
 #elif defined(__AVX2__)
 #define REGISTER(name) _mm256_##name
+#define LOAD_BYTES(from) _mm_loadl_epi64((const __m128i *)(from))
 typedef __m256i wide;
+typedef __m128i halves;
 #endif
 
 /* sum + the products of four codes, a byte each, and four digits. */
@@ -149,19 +159,34 @@ INLINE ints dot(ints sum, words codes, int32_t digits, int bits) {
 #endif
 }
 
+/* A group's parameters of some outputs, zero in lanes that aren't asked for. What compilers make of the loops takes
+ * longer than the rest of a step does. */
+
 INLINE floats load_scales(const void *from, int64_t i, int lanes, enum dtype dtype) {
-    float each[LANES] = {0};
-    if (dtype == FLOAT16)
-        load_halves((const uint16_t *)from + i, lanes, each);
-    else
-        for (int l = 0; l < lanes; l++)
-            each[l] = load(from, i + l, dtype);
-    floats scales;
-    memcpy(&scales, each, sizeof scales);
+    floats scales = {0};
+    if (dtype == FLOAT32 && lanes == LANES) {
+        memcpy(&scales, (const float *)from + i, sizeof scales);
+        return scales;
+    }
+#if defined(__AVX512BW__) || defined(__AVX2__)
+    if (lanes == LANES) {
+        halves sixteen_bits;
+        memcpy(&sixteen_bits, (const uint16_t *)from + i, sizeof sixteen_bits);
+        if (dtype == FLOAT16)
+            return REGISTER(cvtph_ps)(sixteen_bits);
+        return (floats)((words)REGISTER(cvtepu16_epi32)(sixteen_bits) << 16);
+    }
+#endif
+    for (int l = 0; l < lanes; l++)
+        scales[l] = load(from, i + l, dtype);
     return scales;
 }
 
 INLINE floats load_zeros(const uint8_t *from, int lanes) {
+#if defined(__AVX512BW__) || defined(__AVX2__)
+    if (lanes == LANES)
+        return __builtin_convertvector((ints)REGISTER(cvtepu8_epi32)(LOAD_BYTES(from)), floats);
+#endif
     floats zeros = {0};
     for (int l = 0; l < lanes; l++)
         zeros[l] = (float)from[l];
@@ -214,7 +239,7 @@ INLINE void add_products(
 INLINE void add_outputs(const struct product *p, struct place here, struct shape s) {
     const struct matrix *m = p->matrix;
     int64_t output = here.block * BLOCK + here.column;
-    const struct step *step = p->steps + here.row * p->steps_of_row;
+    const struct step *step = p->steps + here.row * m->steps;
     floats totals[MOST][MOST];
     for (int r = 0; r < s.rows; r++)
         for (int v = 0; v < s.vectors; v++)
@@ -231,12 +256,13 @@ INLINE void add_outputs(const struct product *p, struct place here, struct shape
                 for (int d = 0; d < DIGITS; d++)
                     sums[r][v][d] = (ints){0};
         add_products(p, here, first, count, sums, s);
+#pragma GCC unroll 4
         for (int v = 0; v < s.vectors; v++) {
             int64_t i = parameters + v * LANES;
             floats scales = load_scales(m->scales, i, here.lanes, (enum dtype)m->scales_dtype);
             floats zeros = load_zeros(m->zeros + i, here.lanes);
             for (int r = 0; r < s.rows; r++) {
-                const struct step *own = step + r * p->steps_of_row;
+                const struct step *own = step + r * m->steps;
                 floats sum = {0};
                 for (int d = DIGITS - 1; d >= 0; d--) /* each difference is exact */
                     sum = sum * 256.0f + (__builtin_convertvector(sums[r][v][d], floats) - zeros * (float)own->sums[d]);
@@ -295,24 +321,27 @@ INLINE void run(parallel threads, int count, void (*work)(void *), void *data, i
         work(data);
 }
 
-/* With room for the digits and the steps of so many rows as products.py says, which are done together. */
+/* `scratch` has room for the steps and the digits of as many rows as are done together; NULL if that is no more than
+ * OWN_SCRATCH. */
 KERNEL(void, multiply_words)(
-    const struct matrix *m, const void *x, int dtype, int64_t rows, int64_t together, int64_t steps_of_row, int8_t *digits,
-    struct step *steps, void *y, parallel threads, int count) {
+    const struct matrix *m, const void *x, int dtype, int64_t rows, void *scratch, void *y, parallel threads, int count) {
+    struct step own[OWN_SCRATCH / sizeof(struct step)];
+    int64_t together = least(rows, ROWS);
+    struct step *steps = scratch ? scratch : own;
     for (int64_t row = 0; row < rows; row += together) {
         struct product p = {
             .matrix = m,
             .x = at(x, row * m->inputs, (enum dtype)dtype),
-            .digits = digits,
+            .digits = (int8_t *)(steps + together * m->steps),
             .steps = steps,
             .y = (void *)at(y, row * m->outputs, (enum dtype)dtype),
             .rows = least(together, rows - row),
-            .steps_of_row = steps_of_row,
             .dtype = dtype,
         };
-        run(threads, count, split_rows, &p, p.rows);
+        int worthwhile = (int)least(count, 1 + p.rows * m->inputs * m->outputs / ENOUGH);
+        run(threads, worthwhile, split_rows, &p, p.rows);
         p.next = 0;
-        run(threads, count, multiply, &p, (m->outputs + BLOCK - 1) / BLOCK);
+        run(threads, worthwhile, multiply, &p, (m->outputs + BLOCK - 1) / BLOCK);
     }
 }
 

@@ -146,6 +146,21 @@ def test_room_for_words(count: int) -> None:
     assert int(words.sum()) == 7 * count
 
 
+def test_activations_have_any_dimensions() -> None:
+    matrix, x = stored().matrix(), activations("usual", 6, 256, torch.bfloat16, seed=3)
+    expected = matrix.multiply(x)
+    for shape in ((6, 1), (1, 6), (2, 1, 3)):
+        assert torch.equal(matrix.multiply(x.view(*shape, 256)), expected.view(*shape, 128))
+    assert torch.equal(matrix.multiply(x[2]), expected[2])
+
+
+def test_a_row_that_takes_more_room_than_the_library_has() -> None:
+    made = stored(inputs=16384, outputs=70, group=128)
+    x = activations("usual", 1, 16384, torch.bfloat16, seed=4)
+    expected = reference.multiply(x, made.codes, made.scales, made.zeros, made.group)
+    assert torch.equal(made.matrix().multiply(x), expected)
+
+
 def test_threads_change_nothing() -> None:
     made, before = stored(inputs=512, outputs=1000), torch.get_num_threads()
     x = activations("usual", 5, 512, torch.bfloat16, seed=2)
@@ -188,7 +203,8 @@ def test_wrong_matrices(change: dict[str, Any], error: type[Exception], message:
     ("x", "error", "message"),
     [
         (torch.zeros(2, 255), ValueError, "x has shape (2, 255), expected (2, 256)"),
-        (torch.zeros(256), ValueError, "x has shape (256,), expected 2 dimensions"),
+        (torch.zeros(()), ValueError, "x has shape (), expected 1 dimensions"),
+        (torch.zeros(2, 3, 128), ValueError, "x has shape (2, 3, 128), expected (2, 3, 256)"),
         (torch.zeros(2, 256, dtype=torch.float64), TypeError, "x is torch.float64"),
         (torch.zeros(2, 256, device="meta"), TypeError, "x is torch.strided on meta"),
         (torch.zeros(256, 2).t(), ValueError, "x has strides (1, 2)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
@@ -18,11 +19,11 @@ BITS = (2, 4, 8)
 """Of codes that products can be made with; each is a part of a byte."""
 BLOCK = 64
 """Outputs whose words lie together."""
-_ROWS = 64  # done together: their digits fit into a second-level cache, the codes come from memory once for all of them
+_ROWS = 64  # done together
 _STEP = 128  # inputs that have a power of two of their own, at most
-_CPU = torch.device("cpu")
 _DIGITS = 3
 _LARGE_PAGE = 1 << 21  # bytes
+_OWN_SCRATCH = 1 << 15  # bytes that the library has itself
 _STEP_BYTES = 4 + 4 * _DIGITS
 
 
@@ -34,6 +35,7 @@ class _Matrix(ctypes.Structure):
         ("inputs", c_int64),
         ("outputs", c_int64),
         ("group", c_int64),
+        ("steps", c_int64),
         ("bits", c_int),
         ("scales_dtype", c_int),
     )
@@ -82,10 +84,12 @@ class WordMatrix:
             inputs,
             self.outputs,
             self.group,
+            self._steps,
             bits,
             scales_dtype,
         )
         self._address = ctypes.addressof(self._matrix)
+        self._scratch = self._steps * _STEP_BYTES + inputs * _DIGITS  # bytes, for each row
 
     @staticmethod
     def room(count: int) -> Tensor:
@@ -113,11 +117,11 @@ class WordMatrix:
         sum in float32. A row with an infinite activation or a NaN becomes NaN.
 
         Args:
-            x: float32, bfloat16 or float16 ``[rows, inputs]``, contiguous.
+            x: float32, bfloat16 or float16 ``[..., inputs]``, contiguous.
             instruction_set: one of ``instruction_sets()``, instead of ``instruction_set()``; none changes a bit.
 
         Returns:
-            ``[rows, outputs]`` in the dtype of ``x``, rounded once.
+            ``[..., outputs]`` in the dtype of ``x``, rounded once.
 
         Raises:
             TypeError, ValueError: ``x`` isn't as described.
@@ -125,25 +129,19 @@ class WordMatrix:
         # For a small layer, this takes as long as the product itself, so that every call of torch counts.
         given, shape = x.dtype, x.shape
         dtype = FLOATS.get(given, -1)
-        if dtype < 0 or len(shape) != 2 or shape[1] != self.inputs or not _plain(x):
-            check_floats("x", x, 2)
-            check("x", x, given, shape[0], self.inputs)
-        rows = shape[0]
-        y = torch.empty((rows, self.outputs), dtype=given, device=_CPU)
-        together = min(rows, _ROWS)
-        size = together * self._steps * _STEP_BYTES
-        scratch = torch.empty(size + together * self.inputs * _DIGITS, dtype=torch.uint8, device=_CPU)
-        call = _multiply_words(instruction_set)
-        address = scratch.data_ptr()
-        call(
+        if dtype < 0 or not shape or shape[-1] != self.inputs or not _plain(x):
+            check_floats("x", x, max(1, len(shape)))
+            check("x", x, given, *shape[:-1], self.inputs)
+        rows = math.prod(shape[:-1])
+        y = x.new_empty((*shape[:-1], self.outputs))
+        size = min(rows, _ROWS) * self._scratch
+        scratch = torch.empty(size, dtype=torch.uint8, device="cpu") if size > _OWN_SCRATCH else None
+        _multiply_words(instruction_set)(
             self._address,
             x.data_ptr(),
             dtype,
             rows,
-            together,
-            self._steps,
-            address + size,
-            address,
+            None if scratch is None else scratch.data_ptr(),
             y.data_ptr(),
             parallel(),
             torch.get_num_threads(),
@@ -185,7 +183,7 @@ class WordMatrix:
         return values
 
 
-_MULTIPLY = (c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int)
+_MULTIPLY = (c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int)
 _DECODE = (c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantdock.linears.affine import STEP, pieces
 from quantdock.linears.crossover import most_rows
-from quantdock.linears.weights import Maker, Weight, grouped, is_fast_cpu
+from quantdock.linears.weights import Maker, Weight, by_rows, grouped, is_fast_cpu
 
 PATH = "int4pack"
 
@@ -48,8 +48,8 @@ class Int4Form:
     """Of activations, for which the kernel is faster than dequantizing."""
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``[rows, inputs]`` in bfloat16 to ``[rows, outputs]``, for few rows."""
-        return torch._weight_int4pack_mm_for_cpu(self.arranged(x), self.packed, self.kernel_size, self.affine)
+        """``[..., inputs]`` in bfloat16 to ``[..., outputs]``, for few rows."""
+        return by_rows(self._product, x)
 
     def arranged(self, x: Tensor) -> Tensor:
         """The activations in the order of the packed inputs."""
@@ -68,6 +68,10 @@ class Int4Form:
         64."""
         codes = self._unpacked(part).sub_(self.shift)
         return codes if self.order is None else torch.empty_like(codes).index_copy_(0, self.order, codes)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        packed, affine = self.packed, self.affine
+        return torch._weight_int4pack_mm_for_cpu(self.arranged(rows), packed, self.kernel_size, affine)
 
     def _unpacked(self, part: slice) -> Tensor:
         """The shifted codes, uint8 ``[inputs, n]``."""

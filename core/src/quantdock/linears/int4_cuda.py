@@ -31,9 +31,8 @@ class Int4CudaForm(int4.Int4Form):
 
     elements: ClassVar[int] = DEVICE_STEP
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """``[rows, inputs]`` in bfloat16 to ``[rows, outputs]``, for few rows."""
-        return torch._weight_int4pack_mm(self.arranged(x), self.packed, self.kernel_size, self.affine)
+    def _product(self, rows: Tensor) -> Tensor:
+        return torch._weight_int4pack_mm(self.arranged(rows), self.packed, self.kernel_size, self.affine)
 
     def _unpacked(self, part: slice) -> Tensor:
         return unpacked(self.packed[part.start // _OUTPUTS : -(-part.stop // _OUTPUTS)])

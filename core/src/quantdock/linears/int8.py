@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantdock.linears.affine import STEP, pieces
 from quantdock.linears.crossover import most_rows
-from quantdock.linears.weights import Maker, Weight, is_fast_cpu
+from quantdock.linears.weights import Maker, Weight, by_rows, is_fast_cpu
 
 PATH = "int8pack"
 
@@ -34,11 +34,8 @@ class Int8Form:
     """Of activations, for which the kernel is faster than dequantizing."""
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``[rows, inputs]`` in bfloat16 to ``[rows, outputs]``, for few rows."""
-        x = x.contiguous()
-        if x.data_ptr() % _ALIGNMENT:  # the kernel would crash
-            x = x.clone()
-        return torch._weight_int8pack_mm(x, self.signed, self.scales)
+        """``[..., inputs]`` in bfloat16 to ``[..., outputs]``, for few rows."""
+        return by_rows(self._product, x)
 
     def arranged(self, x: Tensor) -> Tensor:
         """The activations as they are."""
@@ -51,6 +48,12 @@ class Int8Form:
     def codes(self, part: slice) -> Tensor:
         """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them."""
         return self.signed[part].view(torch.uint8).bitwise_xor(_ZERO).t()
+
+    def _product(self, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        if rows.data_ptr() % _ALIGNMENT:  # the kernel would crash
+            rows = rows.clone()
+        return torch._weight_int8pack_mm(rows, self.signed, self.scales)
 
 
 def fits(weight: Weight) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantdock.linears import int4, int4_cuda, int8, triton_form, words
 from quantdock.linears.affine import DEVICE_STEP, STEP, dequantize_columns, multiply_columns
 from quantdock.linears.paths import HasPaths
-from quantdock.linears.weights import Form, Maker, Weight, dequantize
+from quantdock.linears.weights import Form, Maker, Weight, by_rows, dequantize
 
 _MAKERS = tuple(module.MAKER for module in (words, int4, int8, int4_cuda, triton_form))
 """What makes kernels' forms; of those that fit a weight, the first that takes activations of a dtype is its path."""
@@ -49,6 +49,8 @@ class GroupedLinear(nn.Module, HasPaths, ABC):
         self.compute_dtype = compute_dtype
         self._form: Form | None = None
         self._makers: tuple[Maker, ...] | None = None
+        # What a form is known to be right for: activations' dtype and compute_dtype.
+        self._taken: tuple[torch.dtype, torch.dtype | None, Form] | None = None
 
     # What a format says ---------------------------------------------------------------------------------------------
 
@@ -75,26 +77,23 @@ class GroupedLinear(nn.Module, HasPaths, ABC):
             return dequantize(self.stored_weight(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A small layer's kernel takes 10 us, and so would ten calls of torch that change nothing, or five
-        # of __getattr__.
+        # A small layer's kernel takes 6 us, and so would five calls of torch that change nothing, or three of
+        # __getattr__.
+        given, inputs = x.dtype, self.in_features
+        if x.shape[-1] != inputs:
+            raise ValueError(f"activations have shape {tuple(x.shape)}, expected [..., {inputs}] (in_features)")
         form, bias = self._form_for(x), self._parameters["bias"]
-        rows = x.reshape(-1, self.in_features)
-        dtype = torch.bfloat16 if form is not None and form.rounds else self.compute_dtype or x.dtype
-        if rows.dtype != dtype:
-            rows = rows.to(dtype)
-        if form is None:
-            elements = STEP if rows.device.type == "cpu" else DEVICE_STEP
-            result = multiply_columns(rows, self._columns(dtype), self.out_features, elements)
-        elif 0 < rows.shape[0] <= form.most_rows and not (rows.requires_grad and torch.is_grad_enabled()):
-            result = form.multiply(rows)
+        dtype = torch.bfloat16 if form is not None and form.rounds else self.compute_dtype or given
+        if given != dtype:
+            x = x.to(dtype)
+        few = form is not None and 0 < x.numel() <= form.most_rows * inputs
+        if form is not None and few and not (x.requires_grad and torch.is_grad_enabled()):
+            result = form.multiply(x)
         else:
-            columns = functools.partial(form.columns, dtype=dtype)
-            result = multiply_columns(form.arranged(rows), columns, self.out_features, form.elements)
+            result = by_rows(functools.partial(self._multiply_dequantizing, form), x)
         if bias is not None:
             result = result + bias.to(dtype)
-        if x.dim() != 2:
-            result = result.view((*x.shape[:-1], self.out_features))
-        return result if x.dtype == dtype else result.to(x.dtype)
+        return result if given == dtype else result.to(given)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -114,18 +113,16 @@ class GroupedLinear(nn.Module, HasPaths, ABC):
         """The kernel's form for activations like ``x``, made if need be; ``None`` for the path ``columns``."""
         if self.training or torch.compiler.is_compiling():  # which sees plain tensors, and makes its own kernels
             return None
-        form, makers = self._form, self._makers
-        if form is not None and makers is not None and len(makers) == 1:  # what follows takes as long as a product
-            return form if makers[0].takes(x.dtype, self.compute_dtype) else None
+        form, makers, taken = self._form, self._makers, self._taken
+        if taken is not None and taken == (x.dtype, self.compute_dtype, form):
+            return form
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if captured and (form is None or makers is None):  # forms aren't for a graph to make, nor trials
             return None
         maker = self._maker_for(x.dtype)
-        if maker is None or (form is not None and form.path == maker.path):
-            return None if maker is None else form
-        if captured:
+        if maker is None or (captured and (form is None or form.path != maker.path)):
             return None
-        if form is not None:
+        if form is not None and form.path != maker.path:
             self._restore()
         weight = self.stored_weight()  # before looking for a form: another thread may be putting one in its place
         form = self._form
@@ -135,7 +132,16 @@ class GroupedLinear(nn.Module, HasPaths, ABC):
                 form = self._form = maker.make(weight)
             for name in self.code_buffers:
                 self._buffers[name] = None
+        self._taken = x.dtype, self.compute_dtype, form
         return form
+
+    def _multiply_dequantizing(self, form: Form | None, rows: Tensor) -> Tensor:
+        """``[rows, in]`` to ``[rows, out]``, by ``form.columns`` or those of the path ``columns``."""
+        if form is None:
+            elements = STEP if rows.device.type == "cpu" else DEVICE_STEP
+            return multiply_columns(rows, self._columns(rows.dtype), self.out_features, elements)
+        columns = functools.partial(form.columns, dtype=rows.dtype)
+        return multiply_columns(form.arranged(rows), columns, self.out_features, form.elements)
 
     def _columns(self, dtype: torch.dtype) -> Callable[[slice], Tensor]:
         weight = self.stored_weight()
@@ -153,7 +159,7 @@ class GroupedLinear(nn.Module, HasPaths, ABC):
     def _restore(self) -> None:
         """Put the stored codes back in place."""
         self._buffers.update(self._stored_codes())
-        self._form = None
+        self._form = self._taken = None
 
     # Everybody else finds the stored codes --------------------------------------------------------------------------
 
@@ -164,7 +170,7 @@ class GroupedLinear(nn.Module, HasPaths, ABC):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_form": None, "_makers": None}
+        state = self.__dict__ | {"_form": None, "_makers": None, "_taken": None}
         state["_buffers"] = {**self._buffers, **self._stored_codes()}
         return state
 

@@ -19,7 +19,7 @@ from quantdock.linears.crossover import DEVICE_ROWS
 from quantdock.linears.paths import DTYPES
 from quantdock.linears.trial import Trial
 from quantdock.linears.trusting import trusted
-from quantdock.linears.weights import Maker, Weight, capability_of, dequantize, device_of, grouped
+from quantdock.linears.weights import Maker, Weight, by_rows, capability_of, dequantize, device_of, grouped
 
 PATH = "triton"
 
@@ -67,7 +67,24 @@ class TritonForm:
             self._words[..., part] = _packed(codes, self._bits)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``[rows, inputs]`` to ``[rows, outputs]`` in the same dtype, for few rows."""
+        """``[..., inputs]`` to ``[..., outputs]`` in the same dtype, for few rows."""
+        return by_rows(self._product, x)
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """The activations in the order of the packed inputs."""
+        return x.contiguous() if self._order is None else x.index_select(1, self._order)
+
+    def columns(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Some outputs of the weight, ``[inputs, n]`` in ``dtype``; the inputs in the order that they are packed in."""
+        codes = _unpacked(self._words[..., part], self._bits)[: self._inputs]
+        return dequantize_columns(codes, self._scales[:, part], self._zeros[:, part], self._grouping, dtype)
+
+    def codes(self, part: slice) -> Tensor:
+        """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them."""
+        codes = _unpacked(self._words[..., part], self._bits)[: self._inputs]
+        return codes if self._order is None else torch.empty_like(codes).index_copy_(0, self._order, codes)
+
+    def _product(self, x: Tensor) -> Tensor:
         from quantdock.linears.triton_product import product
 
         x, rows = self.arranged(x), len(x)
@@ -86,20 +103,6 @@ class TritonForm:
             )
         # In one order, so that a product has the same bits each time.
         return (sums[0] if splits == 1 else sums.sum(0)).to(x.dtype)
-
-    def arranged(self, x: Tensor) -> Tensor:
-        """The activations in the order of the packed inputs."""
-        return x.contiguous() if self._order is None else x.index_select(1, self._order)
-
-    def columns(self, part: slice, dtype: torch.dtype) -> Tensor:
-        """Some outputs of the weight, ``[inputs, n]`` in ``dtype``; the inputs in the order that they are packed in."""
-        codes = _unpacked(self._words[..., part], self._bits)[: self._inputs]
-        return dequantize_columns(codes, self._scales[:, part], self._zeros[:, part], self._grouping, dtype)
-
-    def codes(self, part: slice) -> Tensor:
-        """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them."""
-        codes = _unpacked(self._words[..., part], self._bits)[: self._inputs]
-        return codes if self._order is None else torch.empty_like(codes).index_copy_(0, self._order, codes)
 
     def _groups_of_runs(self, device: torch.device) -> tuple[int, int, Tensor]:
         """Inputs per group, how many neighbouring runs surely share one, and the group of each input if none do."""

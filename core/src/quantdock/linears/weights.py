@@ -70,10 +70,10 @@ class Form(Protocol):
         """Of activations, for which the kernel is faster than dequantizing."""
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``[rows, inputs]`` to ``[rows, outputs]``, for few rows."""
+        """``[..., inputs]`` to ``[..., outputs]``, for few rows."""
 
     def arranged(self, x: Tensor) -> Tensor:
-        """The activations in the order of ``columns``."""
+        """Activations, ``[rows, inputs]``, in the order of ``columns``."""
 
     def columns(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Some outputs of the weight: ``[inputs, n]`` in ``dtype``, inputs in the order of the form; ``part`` starts at
@@ -123,6 +123,12 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
             result = values.new_empty(weight.outputs, weight.inputs, dtype=dtype)
         result[part] = values.t()
     return torch.empty(weight.outputs, weight.inputs, dtype=dtype) if result is None else result
+
+
+def by_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a product of ``[rows, inputs]`` makes of ``[..., inputs]``."""
+    result = product(x.reshape(-1, x.shape[-1]))
+    return result.view(*x.shape[:-1], result.shape[-1])
 
 
 def is_fast_cpu() -> bool:

@@ -51,13 +51,13 @@ class WordsForm:
         self.most_rows = most_rows(PATH)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``[rows, inputs]`` to ``[rows, outputs]`` in the same dtype, for few rows."""
+        """``[..., inputs]`` to ``[..., outputs]`` in the same dtype, for few rows."""
         result: Tensor = self._matrix.multiply(self.arranged(x))
         return result
 
     def arranged(self, x: Tensor) -> Tensor:
         """The activations in the order of the packed inputs."""
-        return x.contiguous() if self._order is None else x.index_select(1, self._order)
+        return x.contiguous() if self._order is None else x.index_select(-1, self._order)
 
     def columns(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Some outputs of the weight, ``[inputs, n]`` in ``dtype``; the inputs in the order that they are packed in."""

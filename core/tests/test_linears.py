@@ -24,7 +24,7 @@ from plain_layers import LAYERS, PlainLinear, exact, relative
 FAST = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 needs_kernels = pytest.mark.skipif(not FAST, reason="kernels for packed integers need AVX2")
 _kernels = kernels()
-COMPILED = _kernels is not None and _kernels.WordMatrix.is_fast()
+COMPILED = _kernels is not None and _kernels.has_fast_products()
 """Whether quantdock-kernels is there; torch's kernels are for where it isn't, and tested by turning it off."""
 
 

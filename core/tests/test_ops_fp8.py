@@ -173,6 +173,36 @@ def test_it_is_what_fbgemm_does(dtype: torch.dtype, seed: int) -> None:
     assert same_codes(codes, expected)
 
 
+@pytest.mark.parametrize("format", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [(1, 300), (16, 40), (128, 128), (1, 7), (1000, 1000)])
+def test_products_round_nothing_but_the_result(block: tuple[int, int], dtype: torch.dtype, format: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randn(70, 300, generator=generator).to(format)
+    scales = torch.rand(-(-70 // block[0]), -(-300 // block[1]), generator=generator) + 0.5
+    weight = torch.empty(70, 300)
+    ops.decode_fp8(codes, scales=scales, block=block, out=weight)
+    for rows in (0, 1, 2, 5, 9):
+        x = torch.randn(rows, 600, generator=generator).to(dtype)[:, ::2]
+        exact, sizes = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+        found = ops.multiply_fp8(x, codes=codes, scales=scales, block=block)
+        assert (found.dtype, found.shape) == (dtype, (rows, 70))
+        assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6 * sizes).all()
+
+
+def test_products_of_what_is_no_number() -> None:
+    codes = torch.ones(9, 200).to(torch.float8_e4m3fn)
+    codes.view(torch.uint8)[3, 5], codes.view(torch.uint8)[4, 199] = 0x7F, 0xFF
+    scales = torch.ones(9, 2)
+    scales[6, 1], scales[7, 0] = float("inf"), float("nan")
+    found = ops.multiply_fp8(torch.ones(2, 200), codes=codes, scales=scales, block=(1, 190))
+    assert found.isnan().nonzero()[:, 1].tolist() == 2 * [3, 4, 7]
+    assert found.isinf().nonzero()[:, 1].tolist() == 2 * [6]  # ten columns have that scale, and fill no register
+    x = torch.ones(1, 200)
+    x[0, 7] = float("-inf")
+    assert (ops.multiply_fp8(x, codes=codes[:3], scales=scales[:3], block=(1, 190)) == float("-inf")).all()
+
+
 def test_what_is_wrong_is_refused() -> None:
     matrix, codes = torch.ones(4, 6), torch.empty(4, 6, dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"scales is .* \[4, 1\].*expected torch.float32 \[2, 1\]"):
@@ -185,5 +215,9 @@ def test_what_is_wrong_is_refused() -> None:
         ops.decode_fp8(codes.view(torch.int8), scales=torch.ones(4, 1), block=(1, 6), out=matrix)
     with pytest.raises(ValueError, match=r"scales is torch.uint8"):
         ops.decode_fp8(codes, scales=torch.ones(4, 1).byte(), block=(1, 6), out=matrix)
+    with pytest.raises(ValueError, match=r"x is torch.float32 \[4, 5\] .* expected torch.float32 \[4, 6\]"):
+        ops.multiply_fp8(matrix[:, :5], codes=codes, scales=torch.ones(4, 1), block=(1, 6))
+    with pytest.raises(ValueError, match=r"the result is torch.float64 \[4, 4\], expected a matrix of"):
+        ops.multiply_fp8(matrix, codes=codes, scales=torch.ones(4, 1), block=(1, 6), dtype=torch.float64)
     with pytest.raises(ValueError, match="rule is 'best', expected one of"):
         ops.fp8_scales(matrix, rule="best")  # type: ignore[arg-type]

@@ -8,7 +8,7 @@
  * With one row, what takes time are the words' way from memory. They lie in blocks of outputs for that, each of which is
  * read from its beginning to its end, by one thread.
  */
-#include "kernels.h"
+#include "threads.h"
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -37,7 +37,6 @@
 /* Rows done together: their digits fit into a second-level cache, the codes come from memory once for all of them;
  * products.py has it, too. */
 #define ROWS 64
-#define ENOUGH (1 << 17)      /* products for a thread, which take about as long as waking it */
 #define OWN_SCRATCH (1 << 15) /* bytes on the stack; products.py has it, too */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -78,8 +77,6 @@ struct product {
     for (int64_t group = 0; group * (matrix)->group < (matrix)->inputs; group++)                                               \
         for (int64_t first = group * (matrix)->group, count;                                                                   \
              (count = least(STEP, least((group + 1) * (matrix)->group, (matrix)->inputs) - first)) > 0; first += count)
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* From activations to digits ---------------------------------------------------------------------------------------- */
 
@@ -311,16 +308,6 @@ static void multiply(void *data) {
         take_blocks(p, 2);
 }
 
-/* GOMP_parallel of an OpenMP runtime; NULL for one thread. */
-typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-
-INLINE void run(parallel threads, int count, void (*work)(void *), void *data, int64_t pieces) {
-    if (threads && count > 1 && pieces > 1)
-        threads(work, data, (unsigned)least(count, pieces), 0);
-    else
-        work(data);
-}
-
 /* `scratch` has room for the steps and the digits of as many rows as are done together; NULL if that is no more than
  * OWN_SCRATCH. */
 KERNEL(void, multiply_words)(
@@ -338,7 +325,7 @@ KERNEL(void, multiply_words)(
             .rows = least(together, rows - row),
             .dtype = dtype,
         };
-        int worthwhile = (int)least(count, 1 + p.rows * m->inputs * m->outputs / ENOUGH);
+        int worthwhile = threads_for(p.rows * m->inputs * m->outputs, count);
         run(threads, worthwhile, split_rows, &p, p.rows);
         p.next = 0;
         run(threads, worthwhile, multiply, &p, (m->outputs + BLOCK - 1) / BLOCK);

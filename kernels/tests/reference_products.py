@@ -1,4 +1,4 @@
-"""What products with integer codes are, in torch: how activations are split, and in which order anything is added."""
+"""What products with codes are, in torch: how activations are split, and in which order anything is added."""
 
 from __future__ import annotations
 
@@ -71,3 +71,35 @@ def decode(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, dtype: torc
     """The matrix in full precision, ``[inputs, outputs]``, each element rounded once."""
     of = torch.arange(len(codes)) // group
     return ((codes.float() - zeros.float()[of]) * scales.float()[of]).to(dtype)
+
+
+LANES, UNIT = 16, 256.0
+
+
+def multiply_fp8(x: Tensor, codes: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """``x @ (code * scale).T``: float32 ``[rows, columns]`` to ``[rows, rows of the codes]`` in ``dtype``.
+
+    Args:
+        x: float32.
+        codes: float8_e4m3fn or float8_e5m2 ``[rows of the weight, columns]``.
+        scales: float32 ``[blocks down, blocks across]``.
+        block: rows and columns that share one.
+    """
+    unit = UNIT if codes.dtype == torch.float8_e4m3fn else 1.0
+    weight, totals = codes.float(), torch.zeros(len(x), len(codes), LANES)
+    nans = weight.isnan() if unit != 1 else torch.zeros_like(weight, dtype=torch.bool)
+    weight = weight.masked_fill(nans, 0) / unit
+    of = torch.arange(len(codes)) // block[0]
+    for number, first in enumerate(range(0, codes.shape[1], block[1])):
+        end = min(first + block[1], codes.shape[1])
+        sums = torch.zeros_like(totals)
+        for k in range(first, end, LANES):
+            some = slice(k, min(k + LANES, end))
+            sums[..., : some.stop - k] += x[:, None, some] * weight[None, :, some]
+        scaled = sums * unit * scales[of, number, None]
+        totals[..., : end - first] += scaled[..., : end - first]
+    half = LANES // 2
+    while half:
+        totals = totals[..., :half] + totals[..., half : 2 * half]
+        half //= 2
+    return totals[..., 0].masked_fill(nans.any(1), torch.nan).to(dtype)

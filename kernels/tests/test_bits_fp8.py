@@ -15,6 +15,7 @@ import quantdock_kernels as kernels
 from quantdock import ops
 
 sys.path.insert(0, str(Path(__file__).parent))
+import reference_products as reference
 from kernel_weights import (
     DTYPES,
     bits,
@@ -152,6 +153,46 @@ def test_decode(
     expected = torch.empty_like(out)
     ops.decode_fp8(codes, scales=scales, block=block, out=expected)
     assert same_floats(out, expected)
+    nothing_else_was_written(out, memory)
+
+
+@every_instruction_set
+@settings(deadline=None, max_examples=120)
+@given(
+    x_rows=st.sampled_from([0, 1, 2, 3, 4, 7]),
+    rows=st.integers(0, 40),
+    columns=st.integers(0, 300),
+    gap=st.integers(0, 5),
+    block=st.sampled_from(BLOCKS),
+    format=st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]),
+    kind=st.sampled_from(["normal", "zeros", "wide", "infinities"]),
+    odd=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32),
+)
+def test_multiply(
+    instruction_set: str,
+    x_rows: int,
+    rows: int,
+    columns: int,
+    gap: int,
+    block: tuple[int, int],
+    format: torch.dtype,
+    kind: str,
+    odd: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randint(0, 256, (rows, columns + gap), generator=generator, dtype=torch.uint8)
+    if not odd:  # or there would hardly be a row without a NaN
+        wide.clamp_(max=0x7B)
+    codes = wide.view(format)[:, :columns]
+    x = some_weights(generator, kind, x_rows * columns, torch.float32).view(x_rows, columns).contiguous()
+    scales = some_scales(generator, *grid(rows, columns, block))
+    out, memory = guarded(dtype, x_rows, rows)
+    kernels.multiply_fp8(x, codes=codes, scales=scales, block=block, out=out, instruction_set=instruction_set)
+    assert same_floats(out, reference.multiply_fp8(x, codes, scales, block, dtype))
     nothing_else_was_written(out, memory)
 
 

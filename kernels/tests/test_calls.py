@@ -118,6 +118,14 @@ CALLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             *[{"out": MATRIX[1:]}, {"out": MATRIX.double()}],
         ],
     ),
+    "multiply_fp8": (
+        {"x": MATRIX[:2], "codes": CODES, "scales": GRID, "block": (1, 3), "out": torch.zeros(2, 4)},
+        [
+            *[{"codes": CODES.t()}, {"codes": BYTES}, {"scales": GRID[1:]}, {"block": (1, 2)}, {"block": (0, 3)}],
+            *[{"x": MATRIX}, {"x": MATRIX[:2].half()}, {"x": MATRIX[:2, :5]}, {"x": torch.zeros(6, 2).t()}],
+            *[{"out": torch.zeros(2, 6)}, {"out": torch.zeros(4, 2).t()}, {"out": torch.zeros(2, 4).double()}],
+        ],
+    ),
     "quantize_affine": (
         {"matrix": MATRIX, "group": 3, "scales": GRID, "shifts": GRID, "zeros": BYTES[:, :2].contiguous()}
         | {"divide": True, "lowest": 0, "highest": 15, "codes": BYTES.clone()},

@@ -11,9 +11,9 @@ from quantdock_kernels._library import ABI, function, instruction_set, instructi
 from quantdock_kernels.affine import quantize_affine
 from quantdock_kernels.blockwise import quantize_4bit, quantize_8bit
 from quantdock_kernels.casts import cast
-from quantdock_kernels.fp8 import decode_fp8, encode_fp8
+from quantdock_kernels.fp8 import decode_fp8, encode_fp8, multiply_fp8
 from quantdock_kernels.groups import group_extremes, group_magnitudes
-from quantdock_kernels.products import WordMatrix
+from quantdock_kernels.products import WordMatrix, has_fast_products
 from quantdock_kernels.rows import quantize_rows_int8
 from quantdock_kernels.words import pack_words, unpack_words
 
@@ -28,8 +28,10 @@ __all__ = [
     "function",
     "group_extremes",
     "group_magnitudes",
+    "has_fast_products",
     "instruction_set",
     "instruction_sets",
+    "multiply_fp8",
     "pack_words",
     "quantize_4bit",
     "quantize_8bit",

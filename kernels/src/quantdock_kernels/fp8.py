@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from quantdock_kernels._arguments import check, check_floats, check_positive, check_rows
 from quantdock_kernels._library import function
+from quantdock_kernels.products import parallel
 
 FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
 """What can be decoded, and the numbers in ``csrc/fp8.c``."""
@@ -77,10 +80,7 @@ def decode_fp8(
         TypeError, ValueError: an argument isn't as described; nothing has been written.
     """
     dtype = check_floats("out", out, 2)
-    if codes.dtype not in FORMATS:
-        raise TypeError(f"codes are {codes.dtype}, expected one of {', '.join(map(str, FORMATS))}")
-    address = check_rows("codes", codes, codes.dtype)
-    check_positive("block", *block)
+    address = _check_codes(codes, block)
     rows, columns = codes.shape
     call = function(
         "decode_fp8", instruction_set, c_void_p, c_int, *[c_int64] * 3, c_void_p, c_int64, c_int64, c_void_p, c_int
@@ -96,3 +96,50 @@ def decode_fp8(
         check("out", out, out.dtype, rows, columns),
         dtype,
     )
+
+
+def multiply_fp8(
+    x: Tensor, *, codes: Tensor, scales: Tensor, block: tuple[int, int], out: Tensor, instruction_set: str | None = None
+) -> None:
+    """See ``quantdock.ops.multiply_fp8``; in as many threads as torch uses.
+
+    Args:
+        x: float32 ``[rows, columns]``, contiguous; read.
+        codes, scales, block: as of ``decode_fp8``.
+        out: float32, bfloat16 or float16 ``[rows, rows of the codes]``; written.
+        instruction_set: one of ``instruction_sets()``, instead of ``instruction_set()``.
+
+    Raises:
+        TypeError, ValueError: an argument isn't as described; nothing has been written.
+    """
+    dtype = check_floats("out", out, 2)
+    address = _check_codes(codes, block)
+    outputs, columns = codes.shape
+    rows = len(out)
+    arguments = (
+        address,
+        FORMATS[codes.dtype],
+        outputs,
+        columns,
+        codes.stride(0),
+        check("scales", scales, torch.float32, -(-outputs // block[0]), -(-columns // block[1])),
+        *block,
+        check("x", x, torch.float32, rows, columns),
+        rows,
+        check("out", out, out.dtype, rows, outputs),
+        dtype,
+    )
+    _multiply(instruction_set)(*arguments, parallel(), torch.get_num_threads())
+
+
+@functools.cache
+def _multiply(instruction_set: str | None) -> Callable[..., None]:
+    matrix = (c_void_p, c_int, *[c_int64] * 3, c_void_p, c_int64, c_int64)
+    return function("multiply_fp8", instruction_set, *matrix, c_void_p, c_int64, c_void_p, c_int, c_void_p, c_int)
+
+
+def _check_codes(codes: Tensor, block: tuple[int, int]) -> int:
+    if codes.dtype not in FORMATS:
+        raise TypeError(f"codes are {codes.dtype}, expected one of {', '.join(map(str, FORMATS))}")
+    check_positive("block", *block)
+    return check_rows("codes", codes, codes.dtype)

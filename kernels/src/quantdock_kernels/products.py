@@ -105,11 +105,6 @@ class WordMatrix:
         prefer_large_pages(words.data_ptr(), 4 * count)
         return words
 
-    @staticmethod
-    def is_fast() -> bool:
-        """Whether products are made for this processor's vectors (``instruction_set()``), and in torch's threads."""
-        return instruction_set() != "baseline" and parallel() is not None
-
     def multiply(self, x: Tensor, *, instruction_set: str | None = None) -> Tensor:
         """The products of each row, in as many threads as torch uses.
 
@@ -199,6 +194,11 @@ def _plain(x: Tensor) -> bool:
 @functools.cache
 def _multiply_words(instruction_set: str | None) -> Callable[..., None]:
     return function("multiply_words", instruction_set, *_MULTIPLY)
+
+
+def has_fast_products() -> bool:
+    """Whether products are made for this processor's vectors (``instruction_set()``), and in torch's threads."""
+    return instruction_set() != "baseline" and parallel() is not None
 
 
 @functools.cache

@@ -295,11 +295,14 @@ def test_loads_computes_saves_and_dequantizes(tmp_path: Path, family: str, form:
     assert {name.rpartition(".")[2] for name in fused if "shared" not in name} == expected_entries
     assert sum(name.endswith("experts.down_proj") for name in fused) == layers
 
+    # Where weights are rounded as transformers' are: otherwise, a token could get to another expert.
+    model.train(), theirs.train()
     expected = logits(theirs)
     for way in ("grouped_mm", "eager", "batched_mm"):
         model.set_experts_implementation(way)
         theirs.set_experts_implementation(way)
         assert (logits(model) - logits(theirs)).abs().max() <= 0.02 * expected.abs().max(), way
+    model.eval()
 
     quantdock.save(model, tmp_path / "saved")
     assert same_files(tmp_path / "it", tmp_path / "saved")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import quantdock
 from quantdock.testing import SmallModel, write_checkpoint
 from quantdock.testing.memory import PeakBytes
+from quantdock_fp8.few_rows import CPU_ROWS
 from quantdock_fp8.linear import Fp8Linear
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -125,6 +126,22 @@ def test_outputs_and_gradients(tmp_path: Path, preset: str, shape: tuple[int, in
         assert close(x.grad, y.grad, dtype)
         assert layer.bias.grad is not None
         assert close(layer.bias.grad, reference.bias.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1), (127, 33), (300, 129)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_few_rows_and_many(tmp_path: Path, preset: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layer, reference = layer_of(tmp_path, preset, shape, dtype)
+    exact = copy.deepcopy(reference).double()
+    generator = torch.Generator().manual_seed(0)
+    for rows in (0, 1, 3, 8, CPU_ROWS, CPU_ROWS + 1):
+        x = torch.randn(2 * shape[1], rows, generator=generator).to(dtype).t()[:, ::2]
+        with torch.no_grad():
+            found, expected = layer(x), exact(x.double())
+            assert (found.dtype, found.shape) == (dtype, (rows, shape[0]))
+            assert not rows or close(found, expected, dtype)
+            assert torch.equal(found, layer(x))
 
 
 def test_the_weight_is_never_whole_in_full_precision(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class WordsForm:
 def fits(weight: Weight) -> bool:
     """Whether the compiled kernels are there, fast on this CPU, and can read a weight."""
     compiled = kernels()
-    if not is_fast_cpu() or compiled is None or not compiled.WordMatrix.is_fast() or weight.bits not in _BITS:
+    if not is_fast_cpu() or compiled is None or not compiled.has_fast_products() or weight.bits not in _BITS:
         return False
     found, codes = grouped(weight), 32 // _BITS[weight.bits]
     if found is None or not weight.outputs or not weight.inputs or weight.inputs % codes:

@@ -17,7 +17,7 @@ from quantdock.ops.blockwise_4bit import WORKING_BYTES_4BIT, quantize_blockwise_
 from quantdock.ops.blockwise_8bit import WORKING_BYTES_8BIT, quantize_blockwise_8bit
 from quantdock.ops.casts import cast
 from quantdock.ops.choice import implementation
-from quantdock.ops.fp8 import decode_fp8, encode_fp8
+from quantdock.ops.fp8 import decode_fp8, encode_fp8, has_fast_products, multiply_fp8
 from quantdock.ops.fp8_scales import Fp8Scales, fp8_scales
 from quantdock.ops.groups import block_magnitudes, group_extremes, group_magnitudes
 from quantdock.ops.rows import quantize_rows_int8, rows_int8_working_bytes
@@ -35,7 +35,9 @@ __all__ = [
     "fp8_scales",
     "group_extremes",
     "group_magnitudes",
+    "has_fast_products",
     "implementation",
+    "multiply_fp8",
     "pack_words",
     "parameters",
     "quantize_affine",

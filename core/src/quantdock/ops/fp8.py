@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantdock.ops.arguments import expect, expect_matrix, expect_positive, has_whole_rows
 from quantdock.ops.blocks import row_pieces, spread
-from quantdock.ops.choice import compiled
+from quantdock.ops.choice import compiled, kernels
 
 LARGEST_E4M3 = 448.0
 
@@ -39,9 +39,9 @@ def encode_fp8(
     expect_matrix("matrix", matrix)
     _expect_scales(matrix, scales, block)
     expect("codes", codes, torch.float8_e4m3fn, *matrix.shape, device=matrix.device)
-    kernels = compiled(matrix)
-    if kernels is not None and has_whole_rows(matrix):
-        kernels.encode_fp8(matrix, scales=scales, block=block, divide=divide, codes=codes, narrow=narrow)
+    chosen = compiled(matrix)
+    if chosen is not None and has_whole_rows(matrix):
+        chosen.encode_fp8(matrix, scales=scales, block=block, divide=divide, codes=codes, narrow=narrow)
         return
     for rows in row_pieces(*matrix.shape):
         scale = spread(scales, block, rows, matrix.shape[1])
@@ -76,13 +76,55 @@ def decode_fp8(codes: Tensor, *, scales: Tensor, block: tuple[int, int], out: Te
     expect("out", out, out.dtype, *codes.shape, device=codes.device)
     single = scales.to(torch.float32).contiguous() if scales.is_floating_point() else scales
     _expect_scales(codes, single, block)
-    kernels = compiled(codes)
-    if kernels is not None and has_whole_rows(codes):
-        kernels.decode_fp8(codes, scales=single, block=block, out=out)
+    chosen = compiled(codes)
+    if chosen is not None and has_whole_rows(codes):
+        chosen.decode_fp8(codes, scales=single, block=block, out=out)
         return
     for rows in row_pieces(*codes.shape):
         values = _values(codes[rows]).mul_(spread(single, block, rows, codes.shape[1]))
         out[rows].copy_(values)
+
+
+def multiply_fp8(
+    x: Tensor, *, codes: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype | None = None
+) -> Tensor:
+    """``x @ weight.T`` with a weight of codes times scales in float32; summed in float32, and rounded once.
+
+    Compiled code never has the weight in memory, and takes longer the more rows there are.
+
+    Args:
+        x: float32, bfloat16 or float16 ``[rows, columns]``.
+        codes, scales, block: of the weight, as of ``decode_fp8``.
+        dtype: of the result, another one of those; by default that of ``x``.
+
+    Returns:
+        ``[rows, rows of the weight]``. A row of the weight with the code of a NaN makes NaNs.
+
+    Raises:
+        ValueError: an argument isn't as described.
+    """
+    expect_matrix("codes", codes, _FP8)
+    expect_matrix("x", x)
+    own = x.float().contiguous()
+    expect("x", own, torch.float32, len(x), codes.shape[1], device=codes.device)
+    single = scales.to(torch.float32).contiguous() if scales.is_floating_point() else scales
+    _expect_scales(codes, single, block)
+    out = x.new_empty(len(x), len(codes), dtype=dtype or x.dtype)
+    expect_matrix("the result", out)
+    chosen = compiled(codes)
+    if chosen is not None and has_whole_rows(codes):
+        chosen.multiply_fp8(own, codes=codes, scales=single, block=block, out=out)
+        return out
+    for rows in row_pieces(*codes.shape):
+        weight = _values(codes[rows]).mul_(spread(single, block, rows, codes.shape[1]))
+        out[:, rows] = own @ weight.t()
+    return out
+
+
+def has_fast_products() -> bool:
+    """Whether ``multiply_fp8`` on CPU is compiled for this processor's vectors, and takes torch's threads."""
+    found = kernels()
+    return found is not None and found.has_fast_products()
 
 
 def _expect_scales(matrix: Tensor, scales: Tensor, block: tuple[int, int]) -> None:

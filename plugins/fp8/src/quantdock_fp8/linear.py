@@ -55,13 +55,14 @@ class Fp8Linear(linears.Bits, linears.HasPaths, nn.Linear):
         """How activations of ``dtype`` are multiplied in evaluation, where the layer is now.
 
         Returns:
-            ``triton`` for few rows that need no gradients, on a CUDA device; ``decode`` for weights that are decoded
-            first. With activations of 8 bits: ``scaled_mm``, ``triton8``, or ``refused`` where that can't be done.
+            ``compiled`` on CPU and ``triton`` on CUDA devices for few rows that need no gradients; ``decode`` for
+            weights that are decoded first. With activations of 8 bits: ``scaled_mm``, ``triton8``, or ``refused``
+            where that can't be done.
         """
         stored = self._stored()
         device = stored.codes.device
         if self.activations is None:
-            return "triton" if _in_bytes(stored) and few_rows.works_on(device, dtype) else "decode"
+            return (few_rows.path(device, dtype) if _in_bytes(stored) else None) or "decode"
         try:
             block, static = self.coding.tiling.block, self.activations.static
             way = eight_bits.way(device, dtype, stored.shape, block, static)
@@ -82,8 +83,7 @@ class Fp8Linear(linears.Bits, linears.HasPaths, nn.Linear):
             return None
         bias = self._parameters["bias"]
         learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        few = 0 < x.numel() <= few_rows.ROWS * self.in_features
-        return few_rows.multiply_few if few and not learns and few_rows.works_on(x.device, x.dtype) else None
+        return None if learns else few_rows.product(x)
 
     def _scale_of_activations(self) -> Tensor | None:
         return next((scale for name in ACTIVATION_NAMES if (scale := self._buffers.get(name)) is not None), None)

@@ -141,7 +141,9 @@ def test_few_rows_and_many(tmp_path: Path, preset: str, shape: tuple[int, int], 
             found, expected = layer(x), exact(x.double())
             assert (found.dtype, found.shape) == (dtype, (rows, shape[0]))
             sizes = x.double().abs() @ exact.weight.abs().t() + exact.bias.abs()
-            assert ((found.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * sizes).all()
+            # Rounded to the dtype, and summed in float32 in any order.
+            bound = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
+            assert ((found.double() - expected).abs() <= bound * sizes).all()
             assert torch.equal(found, layer(x))
 
 

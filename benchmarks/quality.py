@@ -153,12 +153,13 @@ def _quantdock(model: Path, config: Any) -> Any:
 def _gptqmodel(model: Path, samples: list[list[int]], size: int, fields: dict[str, Any]) -> Any:
     """Quantize with gptqmodel, and read its checkpoint."""
     import torch
-    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     import quantdock
 
-    if fields.get("method") == "awq" and not torch.cuda.is_available():
-        raise ImportError("gptqmodel calibrates AWQ with CUDA only, and there is none")
+    # Left to choose, it packs AWQ with a kernel of CUDA's, and refuses to start where there is none.
+    portable = fields.get("method") == "awq" and not torch.cuda.is_available()
+    options = {"batch_size": 8} | ({"backend": BACKEND.AWQ_TORCH} if portable else {})
     model = model.resolve()
     with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):  # where it leaves its logs
         folder = Path(work, "model")
@@ -166,7 +167,7 @@ def _gptqmodel(model: Path, samples: list[list[int]], size: int, fields: dict[st
         quality_texts.tokenizer(model).save_pretrained(folder)
         config = QuantizeConfig(bits=4, group_size=size, **fields)
         found = GPTQModel.load(str(folder), config)
-        found.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples], batch_size=8)
+        found.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples], **options)
         found.save(str(Path(work, "quantized")))
         loaded = quantdock.load(Path(work, "quantized"), dtype="bfloat16")
         return quantdock.dequantize(loaded)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantdock import Assembly, CalibrationBlock, CalibrationError, Parameter, Piece, TensorSpec, UnsupportedError
 from quantdock.calibration.capturing import Call
-from quantdock.linears import Experts, JointMatrices, Stack, hold, let_go
+from quantdock.linears import Experts, HasPaths, JointMatrices, Stack, hold, let_go
 
 EXPERTS, OUTPUTS, INPUTS = 3, 6, 8
 
@@ -125,8 +125,8 @@ class Floats:
     def decode(self, dtype: torch.dtype) -> Tensor:
         return (self.codes.float() * self.scales.float()[:, None]).to(dtype)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.decode(x.dtype))
+    def multiply(self, x: Tensor, *, plainly: bool = False) -> Tensor:
+        return nn.functional.linear(x if plainly else x.round(decimals=1), self.decode(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,9 @@ class ManyFloats:
 
     def matrix(self, index: int) -> Floats:
         return Floats(self.codes[index], self.scales[index])
+
+    def path(self, dtype: torch.dtype) -> str:
+        return "rounded" if dtype == torch.float32 else "decode"
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,7 @@ def test_parameters_that_are_transposes_of_what_is_stored() -> None:
     assert torch.equal(weight.transpose(1, 2)[1] + 0, plain[1].t())
     x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(layer(x), x @ (plain[0] + plain[2]), rtol=1e-4, atol=1e-4)
+    x = x.round(decimals=1)
     offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
     grouped = torch._grouped_mm(x.bfloat16(), weight, offs=offsets).float()
     expected = torch.cat([x[:2] @ plain[0], x[2:] @ plain[2]])
@@ -199,6 +203,18 @@ def test_parameters_that_are_transposes_of_what_is_stored() -> None:
     assert [(name, tensor.shape, tensor.dtype) for name, tensor in layer.named_parameters()] == [
         ("weight", plain.shape, torch.float32)
     ]
+
+
+def test_training_multiplies_plainly_and_modules_say_how_they_do_otherwise() -> None:
+    layer, plain = made_of_floats()
+    assert isinstance(layer, HasPaths)
+    assert layer.paths() == {"bfloat16": "decode", "float16": "decode", "float32": "rounded"}
+    x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(1))
+    of_training = x @ (plain[0] + plain[2])
+    of_evaluation = x.round(decimals=1) @ (plain[0] + plain[2])
+    assert not torch.allclose(of_training, of_evaluation, rtol=1e-2, atol=1e-2)
+    for mode, expected in ((True, of_training), (False, of_evaluation)):
+        assert torch.allclose(layer.train(mode)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def pickled(module: Any) -> Any:

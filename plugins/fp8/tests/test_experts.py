@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import quantdock
+from quantdock import ops
+from quantdock_fp8.few_rows import CPU_ROWS
 
 pytest.importorskip("quantdock_transformers", reason="the models are transformers', whose architectures it brings")
 
@@ -316,6 +318,31 @@ def test_loads_computes_saves_and_dequantizes(tmp_path: Path, family: str, form:
     assert {type(module) for module in restored.modules()} == {type(module) for module in theirs.modules()}
     quantdock.save(restored, tmp_path / "restored")
     assert same_files(tmp_path / "plain", tmp_path / "restored")
+
+
+@pytest.mark.parametrize("form", [*FORMATS, *FOURS])
+def test_few_rows_take_the_path_of_linear_layers(tmp_path: Path, form: str) -> None:
+    """The weight isn't rounded there; it is in training."""
+    write(tmp_path / "it", model_of("qwen3_moe"), form)
+    model: Any = quantdock.load(tmp_path / "it")
+    paths = quantdock.report(model).paths
+    compiled = form not in FOURS and ops.has_fast_products()
+    assert paths["model.layers.1.mlp.experts"] == paths["model.layers.1.self_attn.q_proj"]
+    assert paths["model.layers.1.mlp.experts"].startswith("compiled in" if compiled else "decode in")
+    experts = model.model.layers[1].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    for leaf in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts.eval(), leaf)[2]
+        exact, rounded = (weight.stored.decode(dtype) for dtype in (torch.float32, torch.bfloat16))
+        x = torch.randn(CPU_ROWS + 1, weight.shape[1], generator=generator).bfloat16()
+        bound = (torch.finfo(torch.bfloat16).eps + 2**-20) * (x.float().abs() @ exact.abs().t())
+        for rows, expected in ((1, exact), (CPU_ROWS, exact), (CPU_ROWS + 1, rounded)):
+            sums = x[:rows].float() @ (expected if compiled else rounded).float().t()
+            found = nn.functional.linear(x[:rows], weight)
+            assert found.dtype == torch.bfloat16
+            assert ((found - sums).abs() <= bound[:rows]).all(), rows
+        of_training = nn.functional.linear(x[:1], getattr(experts.train(), leaf)[2])
+        assert same_bits(of_training, nn.functional.linear(x[:1].requires_grad_(), weight).detach())
 
 
 def _cut(tensors: dict[str, Tensor], name: str) -> None:

@@ -45,7 +45,7 @@ class _WatchedMatrix:
             "this parameter out"
         )
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, *, plainly: bool = False) -> Tensor:
         self.see(x.reshape(-1, x.shape[-1]))
         return nn.functional.linear(x, self.weight)
 

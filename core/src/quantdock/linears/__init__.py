@@ -55,15 +55,16 @@ looks at a layer from outside (its state dict, a copy, a pickle) finds the store
 Experts that an architecture has in one parameter, ``[experts, outputs, inputs]``, are the weights of linear layers
 where checkpoints store them one by one. ``Experts`` says which piece is whose, ``hold`` lets a module keep them as they
 are stored, and what the module's code then finds under the parameter's name is a ``Stack``, which decodes one expert
-when it is indexed or multiplied with. A format says what its tensors mean: a ``Reading`` that makes ``Matrices``,
-``JointMatrices`` for grouped integers. For modules of a format's own, there is ``Bits``.
+when it is indexed or multiplied with. A format says what its tensors mean, and how it multiplies with them: a
+``Reading`` that makes ``KeptMatrices``, ``JointMatrices`` for grouped integers. For modules of a format's own, there is
+``Bits``.
 """
 
 from __future__ import annotations
 
 from quantdock.linears.affine import Grouping, dequantize_columns, pieces
 from quantdock.linears.experts import Experts, disassemble
-from quantdock.linears.holding import Bits, Reading, hold, let_go
+from quantdock.linears.holding import Bits, KeptMatrices, Reading, hold, let_go
 from quantdock.linears.joint import JointMatrices, JointMatrix
 from quantdock.linears.layer import GroupedLinear
 from quantdock.linears.paths import HasPaths
@@ -79,6 +80,7 @@ __all__ = [
     "HasPaths",
     "JointMatrices",
     "JointMatrix",
+    "KeptMatrices",
     "Matrices",
     "Matrix",
     "Reading",

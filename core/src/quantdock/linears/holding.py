@@ -13,16 +13,24 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from quantdock.linears.paths import HasPaths
 from quantdock.linears.stack import Matrices, Stack
 from quantdock.tensors import TensorSpec
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
+class KeptMatrices(Matrices, Protocol):
+    """Those of a module that keeps them."""
+
+    def path(self, dtype: torch.dtype) -> str:
+        """How activations of ``dtype`` are multiplied in evaluation, where they are now: one word, see ``HasPaths``."""
+
+
 class Reading(Protocol):
     """How a parameter's stored tensors are read; goes with its module where that is copied or pickled."""
 
-    def matrices(self, tensors: Mapping[str, Tensor]) -> Matrices:
+    def matrices(self, tensors: Mapping[str, Tensor]) -> KeptMatrices:
         """What they stand for, by the names they were given to ``hold``. Cheap: nothing is decoded yet."""
 
 
@@ -88,18 +96,27 @@ def _is_unpicklable(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize == 1
 
 
-class HoldingModule(Bits):
+class HoldingModule(Bits, HasPaths):
     """What is added to the class of a module by ``hold``."""
 
     _held_plain: type
     _held: dict[str, _Held]
     _held_dtype: torch.dtype
 
+    def path(self, dtype: torch.dtype) -> str:
+        """Of each parameter that is kept quantized; those that have the same way say it once."""
+        return " and ".join(dict.fromkeys(self._held_matrices(held).path(dtype) for held in self._held.values()))
+
+    def _held_matrices(self, held: _Held) -> KeptMatrices:
+        found = {name: self._slot(name) for name in held.names}
+        return held.reading.matrices({name: slot.detach() for name, slot in found.items() if slot is not None})
+
     def _held_stack(self, leaf: str) -> Stack:
         held = self._held[leaf]
-        found = {name: self._slot(name) for name in held.names}
-        matrices = held.reading.matrices({name: slot.detach() for name, slot in found.items() if slot is not None})
-        return Stack(matrices, self._held_dtype, matrices.device, swapped=held.swapped)
+        matrices = self._held_matrices(held)
+        # A compiler sees plain tensors, and makes its own kernels.
+        plainly = self.training or torch.compiler.is_compiling()
+        return Stack(matrices, self._held_dtype, matrices.device, swapped=held.swapped, plainly=plainly)
 
     def _names_of_bits(self) -> Iterable[str]:
         return (name for held in self._held.values() for name in held.names)

@@ -28,8 +28,8 @@ class JointMatrix:
         """Each weight as ``quantdock.linears.dequantize`` has it."""
         return torch.cat([dequantize(weight, dtype) for weight in self.weights])
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """As ``GroupedLinear`` does it on the path ``columns``."""
+    def multiply(self, x: Tensor, *, plainly: bool = False) -> Tensor:
+        """As ``GroupedLinear`` does it on the path ``columns``; there is no other."""
         rows = x.to(self.compute_dtype or x.dtype).reshape(-1, x.shape[-1])
         found = [multiply_columns(rows, _columns(weight, rows.dtype), weight.outputs) for weight in self.weights]
         return torch.cat(found, -1).view(*x.shape[:-1], -1).to(x.dtype)
@@ -55,3 +55,7 @@ class JointMatrices:
     def matrix(self, index: int) -> JointMatrix:
         weights = [self.piece(index, part) for part in range(self.parts)]
         return JointMatrix(weights=weights, compute_dtype=self.compute_dtype)
+
+    def path(self, dtype: torch.dtype) -> str:
+        """``columns``: each use dequantizes."""
+        return "columns"

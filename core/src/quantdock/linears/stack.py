@@ -22,8 +22,14 @@ class Matrix(Protocol):
     def decode(self, dtype: torch.dtype) -> Tensor:
         """``[outputs, inputs]`` in ``dtype``."""
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """``nn.functional.linear``: ``[..., inputs]`` to ``[..., outputs]`` in the dtype of ``x``."""
+    def multiply(self, x: Tensor, *, plainly: bool = False) -> Tensor:
+        """``nn.functional.linear``: ``[..., inputs]`` to ``[..., outputs]`` in the dtype of ``x``.
+
+        Args:
+            x: activations.
+            plainly: the same way for any number of rows, with and without gradients: in training, what is computed
+                again on the way back has to come out as it did before.
+        """
 
 
 class Matrices(Protocol):
@@ -52,10 +58,17 @@ class Stack(torch.Tensor):
 
     stored: Matrices | Matrix
     swapped: bool
+    plainly: bool
 
     @staticmethod
     def __new__(
-        cls, stored: Matrices | Matrix, dtype: torch.dtype, device: torch.device, *, swapped: bool = False
+        cls,
+        stored: Matrices | Matrix,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        swapped: bool = False,
+        plainly: bool = False,
     ) -> Stack:
         """
         Args:
@@ -63,11 +76,12 @@ class Stack(torch.Tensor):
             dtype: of what this passes for.
             device: where ``stored`` is.
             swapped: whether the last two dimensions are swapped.
+            plainly: see ``Matrix.multiply``.
         """
         shape = stored.shape
         seen = (*shape[:-2], shape[-1], shape[-2]) if swapped else shape
         made: Stack = torch.Tensor._make_wrapper_subclass(cls, seen, dtype=dtype, device=device)
-        made.stored, made.swapped = stored, swapped
+        made.stored, made.swapped, made.plainly = stored, swapped, plainly
         made._is_param = True  # what nn.Parameter's isinstance looks at
         return made
 
@@ -101,11 +115,11 @@ class Stack(torch.Tensor):
     def expert(self, index: int) -> Stack:
         """One of the matrices."""
         stored: Any = self.stored
-        return Stack(stored.matrix(index), self.dtype, self.device, swapped=self.swapped)
+        return Stack(stored.matrix(index), self.dtype, self.device, swapped=self.swapped, plainly=self.plainly)
 
     def transposed(self) -> Stack:
         """The same with its last two dimensions swapped."""
-        return Stack(self.stored, self.dtype, self.device, swapped=not self.swapped)
+        return Stack(self.stored, self.dtype, self.device, swapped=not self.swapped, plainly=self.plainly)
 
     def decode(self) -> Tensor:
         """What this passes for, as a plain tensor."""
@@ -116,7 +130,7 @@ class Stack(torch.Tensor):
     def times(self, input: Tensor) -> Tensor:
         """``nn.functional.linear`` with one matrix, which isn't swapped."""
         stored: Any = self.stored
-        result: Tensor = stored.multiply(input)
+        result: Tensor = stored.multiply(input, plainly=self.plainly)
         return result
 
 

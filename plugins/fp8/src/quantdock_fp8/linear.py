@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from quantdock import TensorSpec, UnsupportedError, linears
-from quantdock_fp8 import eight_bits, few_rows
+from quantdock_fp8 import eight_bits
 from quantdock_fp8.activations import Activations
-from quantdock_fp8.multiplying import Product, in_autocast
+from quantdock_fp8.multiplying import Product
 from quantdock_fp8.scheme import ACTIVATION_NAMES
 from quantdock_fp8.weight import Coding, Weight
 
@@ -55,35 +55,29 @@ class Fp8Linear(linears.Bits, linears.HasPaths, nn.Linear):
         """How activations of ``dtype`` are multiplied in evaluation, where the layer is now.
 
         Returns:
-            ``compiled`` on CPU and ``triton`` on CUDA devices for few rows that need no gradients; ``decode`` for
-            weights that are decoded first. With activations of 8 bits: ``scaled_mm``, ``triton8``, or ``refused``
-            where that can't be done.
+            As of ``Weight.path``. With activations of 8 bits: ``scaled_mm``, ``triton8``, or ``refused`` where that
+            can't be done.
         """
         stored = self._stored()
-        device = stored.codes.device
         if self.activations is None:
-            return (few_rows.path(device, dtype) if _in_bytes(stored) else None) or "decode"
+            return stored.path(dtype)
         try:
             block, static = self.coding.tiling.block, self.activations.static
-            way = eight_bits.way(device, dtype, stored.shape, block, static)
+            way = eight_bits.way(stored.codes.device, dtype, stored.shape, block, static)
         except UnsupportedError:
             return "refused"
         return "triton8" if way == "triton8" else "scaled_mm"
 
     def forward(self, input: Tensor) -> Tensor:
-        stored, x = self._stored(), in_autocast(input)
-        return stored.multiply(x, self._parameters["bias"], self._product(stored, x))
+        plainly = self.training or torch.compiler.is_compiling()
+        return self._stored().multiply(input, self._parameters["bias"], self._product(), plainly=plainly)
 
-    def _product(self, stored: Weight, x: Tensor) -> Product | None:
-        """What multiplies, if the weight isn't just decoded."""
-        if self.activations is not None:
-            stored_scale = self._scale_of_activations() if self.activations.static else None
-            return functools.partial(eight_bits.multiply_quantized, activations=self.activations, stored=stored_scale)
-        if self.training or torch.compiler.is_compiling() or not _in_bytes(stored):
+    def _product(self) -> Product | None:
+        """What multiplies activations of 8 bits, if that was asked for."""
+        if self.activations is None:
             return None
-        bias = self._parameters["bias"]
-        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        return None if learns else few_rows.product(x)
+        stored_scale = self._scale_of_activations() if self.activations.static else None
+        return functools.partial(eight_bits.multiply_quantized, activations=self.activations, stored=stored_scale)
 
     def _scale_of_activations(self) -> Tensor | None:
         return next((scale for name in ACTIVATION_NAMES if (scale := self._buffers.get(name)) is not None), None)
@@ -103,7 +97,3 @@ class Fp8Linear(linears.Bits, linears.HasPaths, nn.Linear):
     def extra_repr(self) -> str:
         own = "" if self.activations is None else ", quantize_activations=True"
         return f"{super().extra_repr()}, block={list(self.coding.tiling.block)}{own}"
-
-
-def _in_bytes(stored: Weight) -> bool:
-    return stored.codes.dtype == torch.float8_e4m3fn

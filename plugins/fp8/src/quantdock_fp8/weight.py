@@ -9,8 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quantdock_fp8 import codes
-from quantdock_fp8.multiplying import Product, multiply
+from quantdock_fp8 import codes, few_rows
+from quantdock_fp8.multiplying import Product, in_autocast, multiply
 from quantdock_fp8.tiling import Block, Tiling, as_grid
 
 
@@ -93,8 +93,33 @@ class Weight:
         for rows, down in self.coding.tiling.ranges(len(out)):
             codes.decode(self.codes[rows], scales[down], self.coding.tiling.block, out[rows])
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None, product: Product | None = None) -> Tensor:
-        """``nn.functional.linear``, in the dtype of the input or of autocast; see ``multiplying.multiply``."""
+    def path(self, dtype: torch.dtype) -> str:
+        """How activations of ``dtype`` are multiplied, where the weight is now.
+
+        Returns:
+            ``compiled`` on CPU and ``triton`` on CUDA devices for few rows that need no gradients; ``decode`` for
+            weights that are decoded first.
+        """
+        return (few_rows.path(self.codes.device, dtype) if self._in_bytes else None) or "decode"
+
+    @property
+    def _in_bytes(self) -> bool:
+        return self.codes.dtype == torch.float8_e4m3fn
+
+    def multiply(
+        self, x: Tensor, bias: Tensor | None = None, product: Product | None = None, *, plainly: bool = False
+    ) -> Tensor:
+        """``nn.functional.linear``, in the dtype of the input or of autocast.
+
+        Args:
+            x, bias: activations, and what is added.
+            product: what multiplies, see ``multiplying.multiply``; ``None`` for what is fastest.
+            plainly: decode the weight, unless there is a ``product``.
+        """
+        x = in_autocast(x)
+        if product is None and not plainly and self._in_bytes:
+            learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+            product = None if learns else few_rows.product(x)
         scales, block = self.scales(), self.coding.tiling.block
         found = [
             multiply(x, self.codes[rows], scales[down], block, None if bias is None else bias[rows], product)
@@ -125,6 +150,10 @@ class Weights:
     def matrix(self, index: int) -> Weight:
         """That of one expert."""
         return Weight.of({name: self.tensors[name][index] for name in self.coding.names}, self.coding)
+
+    def path(self, dtype: torch.dtype) -> str:
+        """That of each of them; they are alike."""
+        return self.matrix(0).path(dtype)
 
     def decode_into(self, out: Tensor) -> None:
         """Write what all of them stand for, as ``Weight.decode_into`` does."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantdock import Assembly, CalibrationBlock, CalibrationError, Parameter, Piece, TensorSpec, UnsupportedError
 from quantdock.calibration.capturing import Call
-from quantdock.linears import Experts, HasPaths, JointMatrices, Stack, hold, let_go
+from quantdock.linears import Experts, HasPaths, JointReading, Stack, hold, let_go
 
 EXPERTS, OUTPUTS, INPUTS = 3, 6, 8
 
@@ -49,17 +49,9 @@ class Bytes:
         return self.inputs
 
 
-@dataclass(frozen=True)
-class Reading:
-    def matrices(self, tensors: Mapping[str, Tensor]) -> JointMatrices:
-        codes, scales = tensors["weight_codes"], tensors["weight_scales"]
-        experts, parts, outputs, inputs = codes.shape
-        return JointMatrices(
-            shape=(experts, parts * outputs, inputs),
-            parts=parts,
-            piece=lambda expert, part: Bytes(codes[expert, part], scales[expert, part]),
-            device=codes.device,
-        )
+def weight_of(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Bytes:
+    assert tensors["codes"].shape == shape
+    return Bytes(tensors["codes"], tensors["scales"])
 
 
 class Layer(nn.Module):
@@ -80,7 +72,9 @@ def made() -> tuple[Layer, Tensor]:
     scales = torch.rand(EXPERTS, 2, generator=generator)
     layer = Layer()
     tensors = {"weight_codes": codes, "weight_scales": scales}
-    hold(layer, "weight", {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}, Reading(), torch.float32)
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    reading = JointReading(leaf="weight", shape=(EXPERTS, OUTPUTS, INPUTS), parts=2, weight_of=weight_of)
+    hold(layer, "weight", specs, reading, torch.float32)
     layer._buffers.update(tensors)
     plain = (codes.float() - 128) * scales[..., None, None]
     return layer, plain.view(EXPERTS, OUTPUTS, INPUTS)

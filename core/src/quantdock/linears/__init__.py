@@ -56,8 +56,8 @@ Experts that an architecture has in one parameter, ``[experts, outputs, inputs]`
 where checkpoints store them one by one. ``Experts`` says which piece is whose, ``hold`` lets a module keep them as they
 are stored, and what the module's code then finds under the parameter's name is a ``Stack``, which decodes one expert
 when it is indexed or multiplied with. A format says what its tensors mean, and how it multiplies with them: a
-``Reading`` that makes ``KeptMatrices``, ``JointMatrices`` for grouped integers. For modules of a format's own, there is
-``Bits``.
+``Reading`` that makes ``KeptMatrices``, a ``JointReading`` for grouped integers. For modules of a format's own, there
+is ``Bits``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from __future__ import annotations
 from quantdock.linears.affine import Grouping, dequantize_columns, pieces
 from quantdock.linears.experts import Experts, disassemble
 from quantdock.linears.holding import Bits, KeptMatrices, Reading, hold, let_go
-from quantdock.linears.joint import JointMatrices, JointMatrix
+from quantdock.linears.joint import JointMatrices, JointMatrix, JointReading
 from quantdock.linears.layer import GroupedLinear
 from quantdock.linears.paths import HasPaths
 from quantdock.linears.stack import Matrices, Matrix, Stack, dequantize_all
@@ -80,6 +80,7 @@ __all__ = [
     "HasPaths",
     "JointMatrices",
     "JointMatrix",
+    "JointReading",
     "KeptMatrices",
     "Matrices",
     "Matrix",

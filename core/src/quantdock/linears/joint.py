@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from quantdock.linears.affine import Columns, dequantize_columns, multiply_columns
+from quantdock.linears.experts import Experts
 from quantdock.linears.weights import Weight, dequantize
 
 
@@ -59,3 +61,53 @@ class JointMatrices:
     def path(self, dtype: torch.dtype) -> str:
         """``columns``: each use dequantizes."""
         return "columns"
+
+
+class WeightOf(Protocol):
+    """What makes a weight of a layer's stored tensors; it can be pickled, as a ``functools.partial`` can."""
+
+    def __call__(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Weight:
+        """
+        Args:
+            tensors: component -> tensor.
+            shape: ``[outputs, inputs]``.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointReading:
+    """A ``Reading`` of components that are stacked as ``Experts`` has them, each a layer of grouped integers."""
+
+    leaf: str
+    """Name of the parameter."""
+    shape: tuple[int, int, int]
+    """``[experts, outputs, inputs]``."""
+    parts: int
+    """Layers that the outputs of an expert are divided among."""
+    weight_of: WeightOf
+    compute_dtype: torch.dtype | None = None
+    """What activations are cast to; ``None`` leaves them as they come."""
+
+    @classmethod
+    def of(cls, leaf: str, experts: Experts, weight_of: WeightOf, compute_dtype: torch.dtype | None) -> Self:
+        """How the parameter ``leaf`` is read, which is made up of ``experts``."""
+        return cls(
+            leaf=leaf, shape=experts.whole, parts=experts.parts, weight_of=weight_of, compute_dtype=compute_dtype
+        )
+
+    def matrices(self, tensors: Mapping[str, Tensor]) -> JointMatrices:
+        """See ``Reading.matrices``."""
+        _, outputs, inputs = self.shape
+        stacks = {name.removeprefix(f"{self.leaf}_"): tensor for name, tensor in tensors.items()}
+
+        def piece(expert: int, part: int) -> Weight:
+            own = {name: stack[expert, part] for name, stack in stacks.items()}
+            return self.weight_of(own, (outputs // self.parts, inputs))
+
+        return JointMatrices(
+            shape=self.shape,
+            parts=self.parts,
+            piece=piece,
+            device=next(iter(stacks.values())).device,
+            compute_dtype=self.compute_dtype,
+        )

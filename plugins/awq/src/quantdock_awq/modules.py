@@ -1,4 +1,4 @@
-"""What holds AWQ weights, linear layers and experts, and such a weight as codes, scales and zero points."""
+"""What holds the AWQ weight of a linear layer, and such a weight as codes, scales and zero points."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class AwqLinear(linears.GroupedLinear):
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
 
     def stored_weight(self) -> AwqWeight:
-        return weight_of(self._buffers, self.packing, (self.out_features, self.in_features), self.group_size)
+        shape = self.out_features, self.in_features
+        return weight_of(self._buffers, shape, packing=self.packing, group_size=self.group_size)
 
     def encode(self, codes: Callable[[slice], Tensor]) -> Mapping[str, Tensor]:
         spec = self._stored_as["qweight"]
@@ -93,40 +94,8 @@ class AwqLinear(linears.GroupedLinear):
         return f"{super().extra_repr()}, group_size={self.group_size}, version={self.packing.label}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class AwqExperts:
-    """How a module's experts are read: a ``quantdock.linears.Reading``."""
-
-    leaf: str
-    """Name of the parameter."""
-    shape: tuple[int, int, int]
-    """``[experts, outputs, inputs]``."""
-    parts: int
-    """Weights that the outputs of an expert are divided among."""
-    packing: Packing
-    group_size: int
-    """Inputs per group, never -1."""
-    compute_dtype: torch.dtype | None
-
-    def matrices(self, tensors: Mapping[str, Tensor]) -> linears.JointMatrices:
-        _, outputs, inputs = self.shape
-        stacks = {name.removeprefix(f"{self.leaf}_"): tensor for name, tensor in tensors.items()}
-
-        def piece(expert: int, part: int) -> AwqWeight:
-            own = {name: stack[expert, part] for name, stack in stacks.items()}
-            return weight_of(own, self.packing, (outputs // self.parts, inputs), self.group_size)
-
-        return linears.JointMatrices(
-            shape=self.shape,
-            parts=self.parts,
-            piece=piece,
-            device=stacks["scales"].device,
-            compute_dtype=self.compute_dtype,
-        )
-
-
 def weight_of(
-    tensors: Mapping[str, Tensor | None], packing: Packing, shape: tuple[int, int], group_size: int
+    tensors: Mapping[str, Tensor | None], shape: tuple[int, int], *, packing: Packing, group_size: int
 ) -> AwqWeight:
     """The weight ``[out, in]`` that stored tensors are, by their names."""
     scales, zeros = tensors["scales"], next(tensors[name] for name in packing.zeros_names if name in tensors)

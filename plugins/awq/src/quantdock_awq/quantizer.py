@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from quantdock import (
 )
 from quantdock_awq import calibrating, forms, rounding
 from quantdock_awq.config import VERSIONS, AwqConfig
-from quantdock_awq.modules import AwqExperts, AwqLinear, weight_of
+from quantdock_awq.modules import AwqLinear, weight_of
 from quantdock_awq.packing import BITS, GEMM, Packing
 
 _NAME = "quantdock-awq"
@@ -212,7 +213,7 @@ class AwqQuantizer(Quantizer[AwqConfig]):
             matrices = self._reading(parameter, experts, _specs(components)).matrices(components)
             return linears.dequantize_all(matrices, parameter.spec.dtype)
         packing = forms.packing_of(self.config.version, _specs(components))
-        weight = weight_of(components, packing, _oriented(parameter), group_size=self._size(parameter))
+        weight = weight_of(components, _oriented(parameter), packing=packing, group_size=self._size(parameter))
         result = linears.dequantize(weight, parameter.spec.dtype)
         return result if parameter.role == "linear" else result.t().contiguous()
 
@@ -235,15 +236,10 @@ class AwqQuantizer(Quantizer[AwqConfig]):
 
     def _reading(
         self, parameter: Parameter, experts: linears.Experts, components: Mapping[str, TensorSpec]
-    ) -> AwqExperts:
-        return AwqExperts(
-            leaf=parameter.leaf,
-            shape=experts.whole,
-            parts=experts.parts,
-            packing=forms.packing_of(self.config.version, experts.unstacked(parameter.leaf, components)),
-            group_size=self._size(parameter),
-            compute_dtype=self.config.compute_dtype,
-        )
+    ) -> linears.JointReading:
+        packing = forms.packing_of(self.config.version, experts.unstacked(parameter.leaf, components))
+        read = functools.partial(weight_of, packing=packing, group_size=self._size(parameter))
+        return linears.JointReading.of(parameter.leaf, experts, read, self.config.compute_dtype)
 
     def _form(self, parameter: Parameter, packing: Packing) -> forms.Form:
         return forms.Form(

@@ -1,4 +1,4 @@
-"""What holds GPTQ weights, linear layers and experts, and such a weight as codes, scales and zero points."""
+"""What holds the GPTQ weight of a linear layer, and such a weight as codes, scales and zero points."""
 
 from __future__ import annotations
 
@@ -104,43 +104,6 @@ class GPTQLinear(linears.GroupedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GPTQExperts:
-    """How a module's experts are read: a ``quantdock.linears.Reading``."""
-
-    leaf: str
-    """Name of the parameter."""
-    shape: tuple[int, int, int]
-    """``[experts, outputs, inputs]``."""
-    parts: int
-    """Weights that the outputs of an expert are divided among."""
-    bits: int
-    group_size: int
-    less_one: bool
-    compute_dtype: torch.dtype | None
-
-    def matrices(self, tensors: Mapping[str, Tensor]) -> linears.JointMatrices:
-        _, outputs, inputs = self.shape
-        stacks = {name.removeprefix(f"{self.leaf}_"): tensor for name, tensor in tensors.items()}
-
-        def piece(expert: int, part: int) -> GPTQWeight:
-            return weight_of(
-                {name: stack[expert, part] for name, stack in stacks.items()},
-                (outputs // self.parts, inputs),
-                bits=self.bits,
-                group_size=self.group_size,
-                less_one=self.less_one,
-            )
-
-        return linears.JointMatrices(
-            shape=self.shape,
-            parts=self.parts,
-            piece=piece,
-            device=stacks["scales"].device,
-            compute_dtype=self.compute_dtype,
-        )
 
 
 def weight_of(

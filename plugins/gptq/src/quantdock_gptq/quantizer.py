@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from quantdock import (
 from quantdock_gptq import calibrating, forms, marlin, nearest, rounding
 from quantdock_gptq.choosing import LINEAR, Choosing
 from quantdock_gptq.config import BITS, FORMATS, GPTQConfig, Settings
-from quantdock_gptq.modules import GPTQExperts, GPTQLinear, weight_of
+from quantdock_gptq.modules import GPTQLinear, weight_of
 
 _NAME = "quantdock-gptq"
 _SLICE = 32  # outputs, whose codes fill whole words for any number of bits
@@ -265,18 +266,12 @@ class GPTQQuantizer(Quantizer[GPTQConfig]):
             compute_dtype=dtype,
         )
 
-    def _reading(self, parameter: Parameter) -> GPTQExperts:
+    def _reading(self, parameter: Parameter) -> linears.JointReading:
         experts, settings = self._experts(parameter), self._settings(parameter)
         assert experts is not None
-        return GPTQExperts(
-            leaf=parameter.leaf,
-            shape=experts.whole,
-            parts=experts.parts,
-            bits=settings.bits,
-            group_size=settings.groups(experts.shape[1])[0],
-            less_one=self._less_one,
-            compute_dtype=self.config.compute_dtype,
-        )
+        size, _ = settings.groups(experts.shape[1])
+        read = functools.partial(weight_of, bits=settings.bits, group_size=size, less_one=self._less_one)
+        return linears.JointReading.of(parameter.leaf, experts, read, self.config.compute_dtype)
 
     def _checked(
         self, name: str, shape: tuple[int, int], parameter: Parameter, found: Mapping[str, TensorSpec]

@@ -8,6 +8,7 @@
  * With one row, what takes time are the words' way from memory. They lie in blocks of outputs for that, each of which is
  * read from its beginning to its end, by one thread.
  */
+#include "blocks.h"
 #include "threads.h"
 
 #ifdef __AVX2__
@@ -29,7 +30,6 @@
 #define TOGETHER 1
 #endif
 
-#define BLOCK 64 /* outputs whose words lie together; products.py has it, too */
 #define STEP 128 /* inputs that have a power of two of their own, at most; products.py has it, too */
 #define DIGITS 3
 #define FRACTION 22 /* the largest activation of a step becomes an integer of at most so many bits, and a sign */
@@ -45,8 +45,7 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 
 /* products.py has it, too. */
 struct matrix {
-    /* Blocks of [inputs / (32 / bits), 64], the last one with as many outputs as are left. Byte i of a word has the codes i,
-       i + 4, and so on of its outputs' codes, from its lowest bits on. */
+    /* Blocks of [inputs / (32 / bits), 64], the last one with as many outputs as are left. */
     const uint32_t *words;
     const void *scales;   /* blocks of [groups, 64] */
     const uint8_t *zeros; /* the same */
@@ -364,9 +363,8 @@ INLINE void decode_block(const struct part *p, int64_t column, int64_t width, en
                 zeros[n] = m->zeros[i];
             }
         for (int i = 0; i < per_word; i++) {
-            int shift = i % 4 * 8 + i / 4 * m->bits;
             for (int64_t n = 0; n < width; n++)
-                values[n] = scales[n] * (float)((int32_t)(from[n] >> shift & mask) - zeros[n]);
+                values[n] = scales[n] * (float)((int32_t)(from[n] >> SHIFT_OF(i, m->bits) & mask) - zeros[n]);
             store_row(values, width, p->values, (k + i) * p->count + column, dtype);
         }
     }

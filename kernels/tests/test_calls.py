@@ -152,6 +152,17 @@ CALLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"words": WORDS, "bits": 4, "dim": 1, "codes": BYTES},
         [{"words": WORDS[1:]}, {"bits": 1}, {"dim": -1}, {"codes": BYTES.t()}],
     ),
+    "pack_blocks": (
+        {"codes": BYTES, "bits": 8, "words": WORDS.new_zeros(6)},
+        [
+            *[{"codes": BYTES.t()}, {"codes": BYTES[0]}, {"codes": CODES}, {"codes": BYTES[:3]}, {"bits": 4}],
+            *[{"bits": 3}, {"words": WORDS}, {"words": torch.zeros(6)}, {"words": WORDS.new_zeros(12)[::2]}],
+        ],
+    ),
+    "unpack_blocks": (
+        {"words": WORDS.new_zeros(6), "bits": 8, "codes": BYTES},
+        [{"codes": BYTES[:, :4]}, {"codes": BYTES.t()}, {"bits": 2}, {"words": WORDS.new_zeros(6, 1)}],
+    ),
     "cast": (
         {"flat": MATRIX.view(-1).bfloat16(), "out": torch.zeros(24, dtype=torch.float16)},
         [{"flat": MATRIX.half()}, {"flat": MATRIX.view(-1)}, {"out": torch.zeros(24)}, {"out": torch.zeros(23).half()}],

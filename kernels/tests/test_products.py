@@ -126,6 +126,23 @@ def test_bits(
         assert torch.equal(decoded, whole[:, start:])
 
 
+@every_instruction_set
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.sampled_from(products.BITS),
+    words=st.integers(0, 24),
+    outputs=st.integers(0, 200),
+    seed=st.integers(0, 99),
+)
+def test_packing(instruction_set: str, bits: int, words: int, outputs: int, seed: int) -> None:
+    made = stored(bits=bits, inputs=words * 32 // bits, outputs=outputs, seed=seed)
+    packed, unpacked = torch.full((words * outputs,), -1, dtype=torch.int32), torch.full_like(made.codes, 255)
+    kernels.pack_blocks(made.codes, bits=bits, words=packed, instruction_set=instruction_set)
+    assert torch.equal(packed, reference.packed(made.codes, bits))
+    kernels.unpack_blocks(packed, bits=bits, codes=unpacked, instruction_set=instruction_set)
+    assert torch.equal(unpacked, made.codes)
+
+
 @pytest.mark.parametrize("kind", ["usual", "outliers", "zeros"])
 @pytest.mark.parametrize("bits", products.BITS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.float16, 4e-4), (torch.bfloat16, 3e-3)])

@@ -13,7 +13,7 @@ from quantdock_kernels.blockwise import quantize_4bit, quantize_8bit
 from quantdock_kernels.casts import cast
 from quantdock_kernels.fp8 import decode_fp8, encode_fp8, multiply_fp8
 from quantdock_kernels.groups import group_extremes, group_magnitudes
-from quantdock_kernels.products import WordMatrix, has_fast_products
+from quantdock_kernels.products import WordMatrix, has_fast_products, pack_blocks, unpack_blocks
 from quantdock_kernels.rows import quantize_rows_int8
 from quantdock_kernels.words import pack_words, unpack_words
 
@@ -32,10 +32,12 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "multiply_fp8",
+    "pack_blocks",
     "pack_words",
     "quantize_4bit",
     "quantize_8bit",
     "quantize_affine",
     "quantize_rows_int8",
+    "unpack_blocks",
     "unpack_words",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import quantdock_kernels
 
-ABI = 5
+ABI = 6
 """Which functions there are and how they are called; the library and ``quantdock.ops`` have to have the same number."""
 
 VARIABLE = "QUANTDOCK_KERNELS"

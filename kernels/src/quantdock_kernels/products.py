@@ -178,8 +178,49 @@ class WordMatrix:
         return values
 
 
+def pack_blocks(codes: Tensor, *, bits: int, words: Tensor, instruction_set: str | None = None) -> None:
+    """Write the words that a ``WordMatrix`` has for some outputs, the first of which begins a block.
+
+    Args:
+        codes: uint8 ``[inputs, n]``, each below ``2 ** bits``; contiguous; read. ``n`` is a multiple of 64, unless the
+            last outputs are among them.
+        bits: 2, 4 or 8.
+        words: int32 ``[inputs * n * bits / 32]``; contiguous; written.
+        instruction_set: one of ``instruction_sets()``, instead of ``instruction_set()``.
+
+    Raises:
+        TypeError, ValueError: an argument isn't as described; nothing has been written.
+    """
+    shape, code_address, word_address = _packing(codes, bits, words)
+    function("pack_blocks", instruction_set, *_PACK)(code_address, *shape, bits, word_address)
+
+
+def unpack_blocks(words: Tensor, *, bits: int, codes: Tensor, instruction_set: str | None = None) -> None:
+    """What ``pack_blocks`` undoes. Arguments are the same, but words are read and codes written.
+
+    Raises:
+        TypeError, ValueError: an argument isn't as described; nothing has been written.
+    """
+    shape, code_address, word_address = _packing(codes, bits, words)
+    function("unpack_blocks", instruction_set, *_PACK)(word_address, *shape, bits, code_address)
+
+
+def _packing(codes: Tensor, bits: int, words: Tensor) -> tuple[tuple[int, int], int, int]:
+    """The shape of the codes and both addresses."""
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits}, expected {' or '.join(map(str, BITS))}")
+    if codes.dim() != 2 or codes.shape[0] * bits % 32:
+        raise ValueError(
+            f"codes have shape {tuple(codes.shape)}, expected 2 dimensions, and a multiple of {32 // bits} inputs"
+        )
+    inputs, outputs = codes.shape
+    code_address = check("codes", codes, torch.uint8, inputs, outputs)
+    return (inputs, outputs), code_address, check("words", words, torch.int32, inputs * bits // 32 * outputs)
+
+
 _MULTIPLY = (c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int)
 _DECODE = (c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int)
+_PACK = (c_void_p, c_int64, c_int64, c_int, c_void_p)
 
 
 def _in_blocks(parameters: Tensor) -> Tensor:

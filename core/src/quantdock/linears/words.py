@@ -34,11 +34,13 @@ class WordsForm:
         assert found is not None
         assert compiled is not None
         size, self._order = found
+        self._compiled = compiled
         self._bits, self._inputs, self._outputs = _BITS[weight.bits], weight.inputs, weight.outputs
-        self._words = compiled.WordMatrix.room(self._row * weight.outputs)
+        self._words = compiled.WordMatrix.room(weight.inputs * self._bits // 32 * weight.outputs)
         for part in pieces(weight.outputs, weight.inputs):
             codes = weight.codes(part)
-            self._write(part.start, codes if self._order is None else codes.index_select(0, self._order))
+            codes = codes.contiguous() if self._order is None else codes.index_select(0, self._order)
+            compiled.pack_blocks(codes, bits=self._bits, words=self._words[self._place(part)])
         every = slice(0, weight.outputs)
         self._matrix = compiled.WordMatrix(
             self._words,
@@ -68,39 +70,16 @@ class WordsForm:
         """Some outputs' codes, uint8 ``[inputs, n]``, as ``Weight.codes`` gave them; ``part`` starts at a multiple of
         64."""
         first, stop, _ = part.indices(self._outputs)
-        codes = torch.empty(self._inputs, stop - first, dtype=torch.uint8, device="cpu")
-        for start in range(first, stop, _BLOCK):
-            codes[:, start - first : start - first + _BLOCK] = self._read(start)[:, : stop - start]
+        whole = slice(first, min(-(-stop // _BLOCK) * _BLOCK, self._outputs))
+        codes = torch.empty(self._inputs, whole.stop - first, dtype=torch.uint8, device="cpu")
+        self._compiled.unpack_blocks(self._words[self._place(whole)], bits=self._bits, codes=codes)
+        codes = codes[:, : stop - first]
         return codes if self._order is None else torch.empty_like(codes).index_copy_(0, self._order, codes)
 
-    @property
-    def _row(self) -> int:
-        """Words of an output."""
-        return self._inputs * self._bits // 32
-
-    def _write(self, start: int, codes: Tensor) -> None:
-        """Pack ``[inputs, n]`` as the outputs from ``start`` on, which begins a block."""
-        whole = codes.shape[1] // _BLOCK * _BLOCK
-        for part in (slice(0, whole), slice(whole, codes.shape[1])):
-            own = codes[:, part]
-            if not own.shape[1]:
-                continue
-            width = min(_BLOCK, own.shape[1])
-            places = own.reshape(self._row, 8 // self._bits, 4, -1, width)
-            packed = places[:, 0].clone()
-            for place in range(1, 8 // self._bits):
-                packed |= places[:, place] << place * self._bits
-            into = self._words[(start + part.start) * self._row :][: own.shape[1] * self._row]
-            into.view(torch.uint8).view(-1, self._row, width, 4).copy_(packed.permute(2, 0, 3, 1))
-
-    def _read(self, start: int) -> Tensor:
-        """The codes of a block, ``[inputs, its outputs]``."""
-        width = min(_BLOCK, self._outputs - start)
-        stored = self._words[start * self._row : (start + width) * self._row].view(torch.uint8)
-        packed = stored.view(self._row, 1, width, 4).transpose(2, 3)
-        shifts = torch.arange(0, 8, self._bits, dtype=torch.uint8, device="cpu").view(1, -1, 1, 1)
-        codes: Tensor = packed >> shifts & (1 << self._bits) - 1
-        return codes.reshape(self._inputs, width)
+    def _place(self, part: slice) -> slice:
+        """Where the words of some outputs are, whole blocks."""
+        row = self._inputs * self._bits // 32
+        return slice(part.start * row, part.stop * row)
 
 
 def fits(weight: Weight) -> bool:

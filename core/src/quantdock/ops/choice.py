@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 VARIABLE = "QUANTDOCK_KERNELS"
 
 _PACKAGE = "quantdock-kernels"
-_ABI = 5
+_ABI = 6
 """Which compiled functions this version calls, and how; see ``quantdock_kernels.ABI``."""
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import quantdock
+
 pytest_plugins = ["tests.hub_fixtures"]
 
 TinyFactory = Callable[[str], Path]
+
+
+@contextlib.contextmanager
+def skipping_what_this_machine_lacks(preset: str) -> Iterator[None]:
+    """For loads with presets that need a GPU or a compiler: without one, the test is skipped with their reason."""
+    try:
+        yield
+    except (quantdock.UnsupportedError, quantdock.LedgerError, quantdock.LoadError) as error:
+        if "cuda" in str(error).lower() or "compiler" in str(error).lower():
+            pytest.skip(f"{preset} doesn't run here: {error}")
+        raise
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from tests.conftest import skipping_what_this_machine_lacks
 from torch import Tensor, nn
 
 import quantdock
@@ -105,12 +106,8 @@ class AnyOrder(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_in_any_order(preset: str, checkpoint: Path) -> None:
-    try:
+    with skipping_what_this_machine_lacks(preset):
         fresh = _load(checkpoint, preset)
-    except (quantdock.UnsupportedError, quantdock.LedgerError, quantdock.LoadError) as error:
-        if "cuda" in str(error).lower() or "compiler" in str(error).lower():
-            pytest.skip(f"{preset} doesn't run here: {error}")
-        raise
     values = {name: tensor.clone() for name, tensor in values_of(fresh).items()}
     many = _logits(fresh, 12)
     one = _logits(_load(checkpoint, preset), 1)

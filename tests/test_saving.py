@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from tests.conftest import TinyFactory
+from safetensors.torch import save_file
+from tests.conftest import TinyFactory, skipping_what_this_machine_lacks
 from tests.reference import assert_same_model
+from torch import nn
 
 import quantdock
 
@@ -54,6 +57,39 @@ def test_shards_and_their_index(tiny: TinyFactory, tmp_path: Path) -> None:
     # Saved again in one piece, no shard and no index is left behind.
     quantdock.save(model, folder)
     assert files(folder) == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+class Plain(nn.Module):
+    """Says nothing of a dtype; neither does its config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(128, 256), nn.LayerNorm(256), nn.Linear(256, 128, bias=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", sorted(quantdock.presets()))
+def test_a_model_of_your_own_keeps_its_dtype(preset: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Though the first tensor in the files may be a scale in float32."""
+    (tmp_path / "it").mkdir()
+    save_file(Plain().to(dtype).state_dict(), tmp_path / "it" / "model.safetensors")
+    with skipping_what_this_machine_lacks(preset):
+        model: Any = quantdock.load(tmp_path / "it", model=Plain, quantize=preset)
+    folder = quantdock.save(model, tmp_path / "saved")
+    again: Any = quantdock.load(folder, model=Plain)
+    assert again.norm.weight.dtype == model.norm.weight.dtype == dtype
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in quantdock.dequantize(again).state_dict().items():
+        assert tensor.dtype == dtype, name
+
+
+@pytest.mark.parametrize("preset", ["bnb-nf4", "fp8", "gptq-int4"])
+def test_a_model_of_your_own_that_was_converted_keeps_its_new_dtype(preset: str, tmp_path: Path) -> None:
+    (tmp_path / "it").mkdir()
+    save_file(Plain().bfloat16().state_dict(), tmp_path / "it" / "model.safetensors")
+    model = quantdock.load(tmp_path / "it", model=Plain, quantize=preset).to(torch.float16)
+    again: Any = quantdock.load(quantdock.save(model, tmp_path / "saved"), model=Plain)
+    assert again.norm.weight.dtype == torch.float16
 
 
 def test_over_the_folder_it_was_loaded_from(tiny_copy: TinyFactory) -> None:

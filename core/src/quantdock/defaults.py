@@ -68,7 +68,8 @@ class CoreDefaults:
             # Computed in the usual precision and then cast, as ``module.to(dtype)`` would.
             wanted = {name: buffer.dtype for name, buffer in buffers.items()}
             buffers = {name: buffer.to(wanted[name]) for name, buffer in _own_buffers(twin).items()}
-        return Skeleton(model=model, architecture=PlainArchitecture(model, config, buffers), built_by="model=")
+        architecture = PlainArchitecture(model, config, buffers, options.settled_dtype)
+        return Skeleton(model=model, architecture=architecture, built_by="model=")
 
     @hookimpl
     def postprocess_model(self, model: torch.nn.Module) -> None:
@@ -114,8 +115,11 @@ def _own_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 class PlainArchitecture(Architecture):
     """The user's own module: names as they are; modules that share a parameter are tied."""
 
-    def __init__(self, model: torch.nn.Module, config: ModelConfig, buffers: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, config: ModelConfig, buffers: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> None:
         self._model = model
+        self._dtype = dtype
         self._buffers = buffers
         self._config = config
         self._tied = _shared_names(model)
@@ -163,7 +167,16 @@ class PlainArchitecture(Architecture):
         data = {key: value for key, value in self._config.data.items() if key != "quantization_config"}
         if quantization is not None:
             data["quantization_config"] = dict(quantization)
+        if quantization is not None or self._config.dtype is not None:
+            # Of a quantized model, tensors don't tell: the first one may be a scale in float32.
+            data.pop("torch_dtype", None)
+            data["dtype"] = str(self._dtype_now()).removeprefix("torch.")
         (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _dtype_now(self) -> torch.dtype:
+        """What the model was loaded in, unless it has been converted since."""
+        found = [each.dtype for each in self._model.parameters() if each.is_floating_point() and each.itemsize >= 2]
+        return self._dtype if not found or self._dtype in found else found[0]
 
 
 def _shared_names(model: torch.nn.Module) -> dict[str, str]:

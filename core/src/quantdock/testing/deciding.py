@@ -16,6 +16,7 @@ from quantdock.defaults import PlainArchitecture
 from quantdock.discovery import QUANTIZERS
 from quantdock.errors import LedgerError, UnsupportedError
 from quantdock.hookspecs import hookimpl
+from quantdock.options import LoadOptions
 from quantdock.quantizer import QuantizationConfig
 from quantdock.reporting import report
 from quantdock.testing.model import EXTRA, SmallModel
@@ -124,11 +125,12 @@ class _KeepsOne:
     """A stage plugin whose architecture keeps one parameter in full precision."""
 
     @hookimpl
-    def build_model(self, config: ModelConfig) -> Skeleton:
+    def build_model(self, config: ModelConfig, options: LoadOptions) -> Skeleton:
         with torch.device("meta"):
             model = SmallModel(config.data)
         buffers = {"positions": SmallModel(config.data).get_buffer("positions")}
-        return Skeleton(model=model, architecture=_Keeps(model, config, buffers), built_by="the suite")
+        architecture = _Keeps(model, config, buffers, options.settled_dtype)
+        return Skeleton(model=model, architecture=architecture, built_by="the suite")
 
 
 class _Keeps(PlainArchitecture):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantdock import Assembly, CalibrationBlock, CalibrationError, Parameter, Piece, TensorSpec, UnsupportedError
 from quantdock.calibration.capturing import Call
-from quantdock.linears import Experts, HasPaths, JointReading, Stack, hold, let_go
+from quantdock.linears import Experts, JointReading, Stack, hold, let_go, paths_of
 
 EXPERTS, OUTPUTS, INPUTS = 3, 6, 8
 
@@ -156,6 +156,7 @@ class Transposed(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(EXPERTS, INPUTS, OUTPUTS))
         self.activation: Callable[[Tensor], Tensor] | None = lambda x: x + 1
+        self.path = "its own"
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([x @ self.weight[number] for number in (0, 2)]).sum(0)
@@ -201,8 +202,9 @@ def test_parameters_that_are_transposes_of_what_is_stored() -> None:
 
 def test_training_multiplies_plainly_and_modules_say_how_they_do_otherwise() -> None:
     layer, plain = made_of_floats()
-    assert isinstance(layer, HasPaths)
-    assert layer.paths() == {"bfloat16": "decode", "float16": "decode", "float32": "rounded"}
+    assert paths_of(layer) == {"bfloat16": "decode", "float16": "decode", "float32": "rounded"}
+    assert layer.path == "its own"
+    assert paths_of(nn.Linear(2, 2)) is None
     x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(1))
     of_training = x @ (plain[0] + plain[2])
     of_evaluation = x.round(decimals=1) @ (plain[0] + plain[2])

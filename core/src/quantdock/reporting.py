@@ -148,9 +148,10 @@ def _paths(model: torch.nn.Module) -> dict[str, str]:
         return {}
     result = {}
     for name, module in model.named_modules():
-        if isinstance(module, linears.HasPaths):
+        paths = linears.paths_of(module)
+        if paths is not None:
             dtypes: dict[str, list[str]] = {}
-            for dtype, path in module.paths().items():
+            for dtype, path in paths.items():
                 dtypes.setdefault(path, []).append(dtype)
             result[name] = ", ".join(f"{path} in {' and '.join(each)}" for path, each in dtypes.items())
     return result

@@ -64,7 +64,7 @@ from __future__ import annotations
 
 from quantdock.linears.affine import Grouping, dequantize_columns, pieces
 from quantdock.linears.experts import Experts, disassemble
-from quantdock.linears.holding import Bits, KeptMatrices, Reading, hold, let_go
+from quantdock.linears.holding import Bits, KeptMatrices, Reading, hold, let_go, paths_of
 from quantdock.linears.joint import JointMatrices, JointMatrix, JointReading
 from quantdock.linears.layer import GroupedLinear
 from quantdock.linears.paths import HasPaths
@@ -93,6 +93,7 @@ __all__ = [
     "disassemble",
     "hold",
     "let_go",
+    "paths_of",
     "pieces",
     "trusted",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from quantdock.linears.paths import HasPaths
+from quantdock.linears.paths import HasPaths, by_dtype
 from quantdock.linears.stack import Matrices, Stack
 from quantdock.tensors import TensorSpec
 
@@ -24,7 +24,7 @@ class KeptMatrices(Matrices, Protocol):
     """Those of a module that keeps them."""
 
     def path(self, dtype: torch.dtype) -> str:
-        """How activations of ``dtype`` are multiplied in evaluation, where they are now: one word, see ``HasPaths``."""
+        """How activations of ``dtype`` are multiplied in evaluation, where they are now: one word."""
 
 
 class Reading(Protocol):
@@ -96,14 +96,14 @@ def _is_unpicklable(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize == 1
 
 
-class HoldingModule(Bits, HasPaths):
-    """What is added to the class of a module by ``hold``."""
+class HoldingModule(Bits):
+    """What is added to the class of a module by ``hold``. Names are such that no module's code has them already."""
 
     _held_plain: type
     _held: dict[str, _Held]
     _held_dtype: torch.dtype
 
-    def path(self, dtype: torch.dtype) -> str:
+    def _held_path(self, dtype: torch.dtype) -> str:
         """Of each parameter that is kept quantized; those that have the same way say it once."""
         return " and ".join(dict.fromkeys(self._held_matrices(held).path(dtype) for held in self._held.values()))
 
@@ -162,6 +162,14 @@ def hold(
             module.register_buffer(name, tensor)
     held[leaf] = _Held(names=tuple(components), reading=reading, swapped=swapped)
     module.__class__ = _class(plain, tuple(held))
+
+
+def paths_of(module: nn.Module) -> Mapping[str, str] | None:
+    """How a module multiplies activations of each dtype that models are in, see ``HasPaths``; ``None`` for one that
+    has no quantized weight, or says nothing of it."""
+    if isinstance(module, HoldingModule):
+        return by_dtype(module._held_path)
+    return module.paths() if isinstance(module, HasPaths) else None
 
 
 def let_go(module: nn.Module, leaf: str) -> None:

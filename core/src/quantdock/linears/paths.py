@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -21,4 +21,9 @@ class HasPaths(ABC):
 
     def paths(self) -> Mapping[str, str]:
         """What ``path`` says for each dtype that models are in."""
-        return {str(dtype).removeprefix("torch."): self.path(dtype) for dtype in DTYPES}
+        return by_dtype(self.path)
+
+
+def by_dtype(path: Callable[[torch.dtype], str]) -> dict[str, str]:
+    """What is said for each dtype that models are in, by their names: ``bfloat16`` and so on."""
+    return {str(dtype).removeprefix("torch."): path(dtype) for dtype in DTYPES}

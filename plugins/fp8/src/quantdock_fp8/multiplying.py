@@ -37,7 +37,7 @@ def multiply(
     bias: Tensor | None,
     product: Product | None = None,
 ) -> Tensor:
-    """``nn.functional.linear`` with a weight in floats of 8 or 4 bits, in the dtype of the input or of autocast.
+    """``nn.functional.linear`` with a weight in floats of 8 or 4 bits, in the dtype of the input.
 
     Args:
         input: ``[..., columns]``.
@@ -47,7 +47,6 @@ def multiply(
         bias: ``[rows]``.
         product: what takes the place of decoding on the way forwards. Gradients are those of the decoded weight.
     """
-    input = in_autocast(input)
     own = None if bias is None else bias.to(input.dtype)
     result: Tensor = _Multiply.apply(input, weight, scales, block, own, product)  # type: ignore[no-untyped-call]
     return result
